@@ -1,0 +1,47 @@
+"""The five values that vdnn's stages hand to one another: frozen, checked, with a versioned JSON form."""
+
+from vdnn.values.codec import dumps, fingerprint, load, loads, save
+from vdnn.values.hardware import Efficiency, Hardware, Peak, Source, hardware, preset_ids
+from vdnn.values.plan import OUTSIDE, Action, Entry, Keep, Offload, Plan, Point, SavedName
+from vdnn.values.result import PeakItem, Provenance, RunResult
+from vdnn.values.timeline import STREAMS, MemoryEvent, Span, Stall, Timeline
+from vdnn.values.trace import Category, Kernel, LayerKind, ModuleCall, Op, Phase, SavedTensor, Storage, Trace
+
+__all__ = [
+    "OUTSIDE",
+    "STREAMS",
+    "Action",
+    "Category",
+    "Efficiency",
+    "Entry",
+    "Hardware",
+    "Keep",
+    "Kernel",
+    "LayerKind",
+    "MemoryEvent",
+    "ModuleCall",
+    "Offload",
+    "Op",
+    "Peak",
+    "PeakItem",
+    "Phase",
+    "Plan",
+    "Point",
+    "Provenance",
+    "RunResult",
+    "SavedName",
+    "SavedTensor",
+    "Source",
+    "Span",
+    "Stall",
+    "Storage",
+    "Timeline",
+    "Trace",
+    "dumps",
+    "fingerprint",
+    "hardware",
+    "load",
+    "loads",
+    "preset_ids",
+    "save",
+]

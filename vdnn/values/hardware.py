@@ -1,0 +1,169 @@
+"""`Hardware`: what a machine can do. Presets are TOML files in `presets/`, one a GPU, each number with its source."""
+
+from __future__ import annotations
+
+import functools
+import tomllib
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from vdnn.errors import FormatError, unknown_name
+from vdnn.values.codec import decode, fingerprint, load, record, value
+
+__all__ = ["Efficiency", "Hardware", "Peak", "Source", "hardware", "preset_ids"]
+
+
+@record
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """Dense arithmetic peak for one dtype, in flops a second (a multiply-add is two)."""
+
+    dtype: str
+    flops_per_s: int
+
+
+@record
+@dataclass(frozen=True, slots=True)
+class Efficiency:
+    """What a class of kernels reaches of the peak rate, in thousandths."""
+
+    kernel: str
+    compute_permille: int
+    memory_permille: int
+
+
+@record
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a number comes from."""
+
+    field: str
+    text: str
+
+
+@value("hardware", 1)
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """One GPU with its link to the host.
+
+    `memory_bytes` is what a process can allocate; bandwidths are bytes a second; `duplex_bytes_per_s` is
+    what both directions of the link carry together when both are busy. `launch_ns` is the host's time to
+    issue one op, `kernel_ns` the least time of a kernel on the device.
+    """
+
+    id: str
+    name: str
+    memory_bytes: int
+    peaks: tuple[Peak, ...]
+    dram_bytes_per_s: int
+    d2h_bytes_per_s: int
+    h2d_bytes_per_s: int
+    duplex_bytes_per_s: int
+    link_latency_ns: int
+    launch_ns: int
+    kernel_ns: int
+    efficiencies: tuple[Efficiency, ...]
+    sources: tuple[Source, ...]
+
+    def peak(self, dtype: str) -> int:
+        """Flops a second for a dtype; an unknown dtype runs at fp32's rate."""
+        rates = {p.dtype: p.flops_per_s for p in self.peaks}
+        return rates.get(dtype, rates["float32"])
+
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that equal machines share."""
+        return fingerprint(self)
+
+    def check(self) -> None:
+        """Name the first thing that is wrong.
+
+        Raises:
+            FormatError: a rate or a size is missing, zero or negative.
+        """
+        for name in (
+            "memory_bytes",
+            "dram_bytes_per_s",
+            "d2h_bytes_per_s",
+            "h2d_bytes_per_s",
+            "duplex_bytes_per_s",
+        ):
+            if getattr(self, name) <= 0:
+                raise FormatError(
+                    f"hardware {self.id!r}: {name} is {getattr(self, name)}, it must be more than 0"
+                )
+        for name in ("link_latency_ns", "launch_ns", "kernel_ns"):
+            if getattr(self, name) < 0:
+                raise FormatError(
+                    f"hardware {self.id!r}: {name} is {getattr(self, name)}, it must not be negative"
+                )
+        if not any(p.dtype == "float32" for p in self.peaks):
+            raise FormatError(f"hardware {self.id!r} has no float32 peak")
+        for p in self.peaks:
+            if p.flops_per_s <= 0:
+                raise FormatError(
+                    f"hardware {self.id!r}: peak of {p.dtype} is {p.flops_per_s}, it must be more than 0"
+                )
+        for e in self.efficiencies:
+            if not (0 < e.compute_permille <= 1000 and 0 < e.memory_permille <= 1000):
+                raise FormatError(
+                    f"hardware {self.id!r}: efficiency of {e.kernel} is not in 1 … 1000 thousandths"
+                )
+
+
+def preset_ids() -> tuple[str, ...]:
+    """Ids of the GPUs that vdnn knows."""
+    folder = resources.files("vdnn.values") / "presets"
+    return tuple(sorted(p.name.removesuffix(".toml") for p in folder.iterdir() if p.name.endswith(".toml")))
+
+
+@functools.cache
+def _preset(gpu: str) -> Hardware:
+    text = (resources.files("vdnn.values") / "presets" / f"{gpu}.toml").read_text()
+    return _from_toml(tomllib.loads(text), gpu)
+
+
+def _from_toml(data: dict[str, Any], name: str) -> Hardware:
+    """`[peaks]` is a table dtype → flops a second, `[sources]` a table field → text."""
+    plain = dict(data)
+    for table, columns in (("peaks", ("dtype", "flops_per_s")), ("sources", ("field", "text"))):
+        entries = plain.get(table, {})
+        if not isinstance(entries, dict):
+            raise FormatError(f"{name}: [{table}] must be a table")
+        plain[table] = [dict(zip(columns, item, strict=True)) for item in entries.items()]
+    efficiencies = plain.get("efficiencies", {})
+    if not isinstance(efficiencies, dict) or not all(isinstance(e, dict) for e in efficiencies.values()):
+        raise FormatError(
+            f"{name}: [efficiencies] must be a table of {{ compute_permille, memory_permille }}"
+        )
+    plain["efficiencies"] = [{"kernel": kernel, **entry} for kernel, entry in efficiencies.items()]
+    machine = decode(Hardware, plain)
+    machine.check()
+    return machine
+
+
+def hardware(gpu: str | Path | Hardware) -> Hardware:
+    """A machine by preset id ("rtx4090"), or from a `.toml` or `.json` file.
+
+    Raises:
+        UsageError: no such preset; names the nearest.
+        FormatError: a file with a missing, unknown or impossible number.
+    """
+    if isinstance(gpu, Hardware):
+        return gpu
+    text = str(gpu)
+    if text.endswith((".json", ".json.gz")):
+        loaded = load(text, "hardware")
+        assert isinstance(loaded, Hardware)
+        return loaded
+    if text.endswith(".toml"):
+        try:
+            return _from_toml(tomllib.loads(Path(text).read_text()), text)
+        except OSError as error:
+            raise FormatError(f"cannot read {text}: {error.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise FormatError(f"{text} is not TOML: {error}") from None
+    if text.lower() not in preset_ids():
+        raise unknown_name("GPU", text, preset_ids(), "or give a hardware file that ends in .toml or .json")
+    return _preset(text.lower())

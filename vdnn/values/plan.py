@@ -1,0 +1,166 @@
+"""`Plan`: what was decided for every storage that autograd saves.
+
+A plan refers to program points that the engine can observe, never to clock times, and to saved tensors by
+name: (module FQN, call number of that module in the step, n-th pack in that call). Written:
+
+    pack   features.3#0/1     when that saved tensor is packed
+    end    features.3#0       when that call of the module returns
+    unpack features.3#0/1     when backward first asks for that saved tensor
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from vdnn.errors import FormatError
+from vdnn.values.codec import fingerprint, record, value
+
+__all__ = ["OUTSIDE", "Action", "Entry", "Keep", "Offload", "Plan", "Point", "SavedName"]
+
+# The module FQN of tensors that are packed outside every module of the model, such as the loss's.
+OUTSIDE = "<outside>"
+
+_POINT = re.compile(r"(?P<kind>pack|end|unpack) (?P<module>\S*)#(?P<call>\d+)(?:/(?P<index>\d+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A moment of the step that the engine can observe; `index` is -1 for the end of a module call."""
+
+    kind: Literal["pack", "end", "unpack"]
+    module: str
+    call: int
+    index: int = -1
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.module}#{self.call}" + (f"/{self.index}" if self.index >= 0 else "")
+
+    @staticmethod
+    def parse(text: str) -> Point:
+        """A point from its text.
+
+        Raises:
+            FormatError: not of the form `pack M#C/N`, `end M#C` or `unpack M#C/N`.
+        """
+        match = _POINT.fullmatch(text)
+        if match is None or (match["kind"] == "end") is (match["index"] is not None):
+            raise FormatError(f"{text!r} is not a point: write 'pack M#C/N', 'end M#C' or 'unpack M#C/N'")
+        kind: Literal["pack", "end", "unpack"] = match["kind"]  # type: ignore[assignment]
+        return Point(kind, match["module"], int(match["call"]), int(match["index"] or -1))
+
+
+@record
+@dataclass(frozen=True, slots=True)
+class SavedName:
+    """The name of a saved tensor, and what to check it by."""
+
+    module: str
+    call: int
+    index: int
+    dtype: str
+    rank: int
+    nbytes: int
+
+    def __str__(self) -> str:
+        return f"{self.module}#{self.call}/{self.index}"
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """The storage stays on the device; `why` says the reason."""
+
+    why: str = ""
+    action: Literal["keep"] = "keep"
+
+
+@dataclass(frozen=True, slots=True)
+class Offload:
+    """The storage goes to pinned host memory and comes back.
+
+    The copy out starts when the first of its saved tensors is packed. At `release_at` the compute stream
+    waits for that copy and the engine lets go of the device memory. At `prefetch_at` the copy back starts;
+    the compute stream waits for it when backward asks for the storage, or already at `wait_at`. Points are
+    texts (`Point.parse`). "" as `prefetch_at` means on demand, "" as `wait_at` means at the unpack.
+    With `whole` False each saved view is copied by itself, where they cover little of a large storage.
+    """
+
+    release_at: str
+    prefetch_at: str = ""
+    wait_at: str = ""
+    whole: bool = True
+    action: Literal["offload"] = "offload"
+
+
+Action = Keep | Offload
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """The action for one storage, known to the engine by the saved tensors that live in it."""
+
+    saved: tuple[SavedName, ...]
+    storage_bytes: int
+    action: Keep | Offload
+
+
+@value("plan", 1)
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One action per saved storage, and a default for saved tensors that the plan has not seen.
+
+    `default` is "keep" or "offload"; an offload by default takes tensors of at least `min_bytes`, and
+    releases them oldest first once more than `max_inflight_bytes` are on their way.
+    """
+
+    policy: str
+    model: str
+    batch: int
+    device: str
+    trace: str
+    budget_bytes: int | None
+    entries: tuple[Entry, ...]
+    default: Literal["keep", "offload"] = "keep"
+    min_bytes: int = 1 << 20
+    max_inflight_bytes: int = 1 << 30
+    notes: tuple[str, ...] = ()
+
+    @property
+    def offloaded_bytes(self) -> int:
+        """Bytes that leave the device in one step, whole storages counted."""
+        return sum(_moved(e) for e in self.entries if isinstance(e.action, Offload))
+
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that equal plans share."""
+        return fingerprint(self)
+
+    def check(self) -> None:
+        """Name the first thing that is wrong.
+
+        Raises:
+            FormatError: a saved tensor in two entries, a point of the wrong kind, a negative size.
+        """
+        seen: set[tuple[str, int, int]] = set()
+        for entry in self.entries:
+            if not entry.saved:
+                raise FormatError("an entry names no saved tensor")
+            for name in entry.saved:
+                key = (name.module, name.call, name.index)
+                if key in seen:
+                    raise FormatError(f"saved tensor {name} is in two entries")
+                seen.add(key)
+            if isinstance(entry.action, Offload):
+                action = entry.action
+                if Point.parse(action.release_at).kind == "unpack":
+                    raise FormatError(f"{entry.saved[0]}: release_at {action.release_at!r} is not in forward")
+                for text in (action.prefetch_at, action.wait_at):
+                    if text and Point.parse(text).kind != "unpack":
+                        raise FormatError(f"{entry.saved[0]}: {text!r} is not in backward")
+        if self.min_bytes < 0 or self.max_inflight_bytes < 0:
+            raise FormatError("min_bytes and max_inflight_bytes must not be negative")
+
+
+def _moved(entry: Entry) -> int:
+    assert isinstance(entry.action, Offload)
+    return entry.storage_bytes if entry.action.whole else sum(name.nbytes for name in entry.saved)
