@@ -141,13 +141,9 @@ def loads(text: str, kind: str | None = None, name: str = "the text") -> Any:
     if not isinstance(data.get("version"), int) or isinstance(data["version"], bool):
         raise FormatError(f"{name} does not say the version of its {found} format")
     if data["version"] > version:
-        raise FormatError(
-            f"{name} has {found} format {data['version']}, this vdnn reads up to {version}: update vdnn"
-        )
+        raise FormatError(f"{name} has {found} format {data['version']}, this vdnn reads up to {version}: update vdnn")
     if data["version"] < version:
-        raise FormatError(
-            f"{name} has {found} format {data['version']}, this vdnn reads {version}: make it again"
-        )
+        raise FormatError(f"{name} has {found} format {data['version']}, this vdnn reads {version}: make it again")
     try:
         obj: Any = decode(cls, data.get("value"))
         check = getattr(obj, "check", None)

@@ -90,26 +90,18 @@ class Hardware:
             "duplex_bytes_per_s",
         ):
             if getattr(self, name) <= 0:
-                raise FormatError(
-                    f"hardware {self.id!r}: {name} is {getattr(self, name)}, it must be more than 0"
-                )
+                raise FormatError(f"hardware {self.id!r}: {name} is {getattr(self, name)}, it must be more than 0")
         for name in ("link_latency_ns", "launch_ns", "kernel_ns"):
             if getattr(self, name) < 0:
-                raise FormatError(
-                    f"hardware {self.id!r}: {name} is {getattr(self, name)}, it must not be negative"
-                )
+                raise FormatError(f"hardware {self.id!r}: {name} is {getattr(self, name)}, it must not be negative")
         if not any(p.dtype == "float32" for p in self.peaks):
             raise FormatError(f"hardware {self.id!r} has no float32 peak")
         for p in self.peaks:
             if p.flops_per_s <= 0:
-                raise FormatError(
-                    f"hardware {self.id!r}: peak of {p.dtype} is {p.flops_per_s}, it must be more than 0"
-                )
+                raise FormatError(f"hardware {self.id!r}: peak of {p.dtype} is {p.flops_per_s}, it must be more than 0")
         for e in self.efficiencies:
             if not (0 < e.compute_permille <= 1000 and 0 < e.memory_permille <= 1000):
-                raise FormatError(
-                    f"hardware {self.id!r}: efficiency of {e.kernel} is not in 1 … 1000 thousandths"
-                )
+                raise FormatError(f"hardware {self.id!r}: efficiency of {e.kernel} is not in 1 … 1000 thousandths")
 
 
 def preset_ids() -> tuple[str, ...]:
@@ -134,9 +126,7 @@ def _from_toml(data: dict[str, Any], name: str) -> Hardware:
         plain[table] = [dict(zip(columns, item, strict=True)) for item in entries.items()]
     efficiencies = plain.get("efficiencies", {})
     if not isinstance(efficiencies, dict) or not all(isinstance(e, dict) for e in efficiencies.values()):
-        raise FormatError(
-            f"{name}: [efficiencies] must be a table of {{ compute_permille, memory_permille }}"
-        )
+        raise FormatError(f"{name}: [efficiencies] must be a table of {{ compute_permille, memory_permille }}")
     plain["efficiencies"] = [{"kernel": kernel, **entry} for kernel, entry in efficiencies.items()]
     machine = decode(Hardware, plain)
     machine.check()

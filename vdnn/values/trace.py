@@ -204,8 +204,7 @@ class Trace:
                     f"module call {i} ({call}) runs forward from {call.forward_begin} to {call.forward_end} of {n} ops"
                 )
             if not (
-                call.backward_begin == call.backward_end == -1
-                or 0 <= call.backward_begin <= call.backward_end <= n
+                call.backward_begin == call.backward_end == -1 or 0 <= call.backward_begin <= call.backward_end <= n
             ):
                 raise FormatError(
                     f"module call {i} ({call}) runs backward from {call.backward_begin} to {call.backward_end}"
@@ -224,9 +223,7 @@ class Trace:
                 if not 0 <= touched < len(self.storages):
                     raise FormatError(f"op {i} ({op.name}) touches storage {touched} of {len(self.storages)}")
                 if not self.storages[touched].alloc <= i < self.storages[touched].free:
-                    raise FormatError(
-                        f"op {i} ({op.name}) touches storage {touched}, which is not live there"
-                    )
+                    raise FormatError(f"op {i} ({op.name}) touches storage {touched}, which is not live there")
         saved_storages = {t.storage for t in self.saved}
         for i, s in enumerate(self.storages):
             if s.nbytes < 0 or not -1 <= s.alloc < n + 1 or not s.alloc < s.free <= n or s.release > s.free:
@@ -239,6 +236,4 @@ class Trace:
             if not 0 <= t.storage < len(self.storages) or not -1 <= t.module < len(self.modules):
                 raise FormatError(f"saved tensor {i} is of storage {t.storage}, module call {t.module}")
             if not 0 <= t.packed_at <= n or any(not t.packed_at <= u <= n for u in t.unpacked_at):
-                raise FormatError(
-                    f"saved tensor {i} is packed at {t.packed_at} and unpacked at {t.unpacked_at}"
-                )
+                raise FormatError(f"saved tensor {i} is packed at {t.packed_at} and unpacked at {t.unpacked_at}")

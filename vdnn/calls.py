@@ -1,0 +1,88 @@
+"""Who is running: names for module calls and for what autograd packs in them.
+
+Capture and engine must give the same saved tensor the same name, so both take it from here:
+
+    calls = ModuleCalls(model, on_begin, on_end)
+    calls.attach()            # forward hooks on every module
+    model(x)                  # root call begins: counters start at 0; calls.current is the innermost frame
+    frame.packs += 1          # the n-th pack of that call
+
+A module that is registered under two names has the first one. A call outside the root's forward (a
+recomputation in backward, a submodule called by the user's own code) has no frame: `current` stays None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+__all__ = ["Frame", "ModuleCalls"]
+
+
+class Frame:
+    """One call of one module while it runs. `packs` counts the tensors packed in it so far."""
+
+    __slots__ = ("call", "fqn", "module", "packs", "parent", "slot")
+
+    def __init__(self, module: nn.Module, fqn: str, call: int, parent: Frame | None) -> None:
+        self.module = module
+        self.fqn = fqn
+        self.call = call
+        self.parent = parent
+        self.packs = 0
+        self.slot: Any = None  # whatever the owner keeps with the call
+
+
+Listener = Callable[[Frame], None]
+
+
+class ModuleCalls:
+    """Follows the forward calls of a model's modules. `on_begin` and `on_end` hear of every frame."""
+
+    def __init__(self, root: nn.Module, on_begin: Listener | None = None, on_end: Listener | None = None) -> None:
+        self.root = root
+        self.names: dict[nn.Module, str] = {module: fqn for fqn, module in root.named_modules()}
+        self.current: Frame | None = None
+        self._on_begin = on_begin
+        self._on_end = on_end
+        self._counts: dict[nn.Module, int] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self) -> None:
+        """Hook every module of the model; the first hook to run before forward, the last after it."""
+        for module in self.names:
+            self._handles.append(module.register_forward_pre_hook(self._begin, prepend=True))
+            # always_call: the frame must end when forward raises, too
+            self._handles.append(module.register_forward_hook(self._end, always_call=True))
+
+    def detach(self) -> None:
+        """Take all hooks off again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.current = None
+
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        parent = self.current
+        if parent is None:
+            if module is not self.root:
+                return
+            self._counts.clear()
+        call = self._counts.get(module, 0)
+        self._counts[module] = call + 1
+        frame = self.current = Frame(module, self.names[module], call, parent)
+        if self._on_begin is not None:
+            self._on_begin(frame)
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        frame = self.current
+        if frame is None or frame.module is not module:
+            return
+        try:
+            if self._on_end is not None:
+                self._on_end(frame)
+        finally:
+            self.current = frame.parent
