@@ -1,0 +1,113 @@
+"""`CudaDevice`: the engine's calls, each mapped to one of CUDA's.
+
+Buffers that receive a copy are allocated on the compute stream: the caching allocator hands a freed block
+only to the stream that it was allocated on, so a block that a side stream allocated could never serve
+compute again. The side stream therefore waits for the compute stream before it writes.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from vdnn.engine.device import Buffer, HostBlock, byte_view
+from vdnn.engine.hostpool import HostPool
+from vdnn.errors import UsageError
+
+__all__ = ["CudaDevice"]
+
+
+class CudaDevice:
+    """A real GPU.
+
+    Args:
+        index: which one; None for the current.
+        host_budget_bytes: reserve no more pinned memory than this.
+
+    Raises:
+        UsageError: there is no CUDA device, or not that many.
+    """
+
+    alignment = 512
+
+    def __init__(self, index: int | None = None, host_budget_bytes: int | None = None) -> None:
+        if not torch.cuda.is_available():
+            raise UsageError("no CUDA device here: use a virtual device (vdnn.VirtualDevice, --device virtual)")
+        index = torch.cuda.current_device() if index is None else index
+        if not 0 <= index < torch.cuda.device_count():
+            raise UsageError(f"no cuda:{index}: this machine has {torch.cuda.device_count()} CUDA devices")
+        self.torch_device = torch.device("cuda", index)
+        self.name = torch.cuda.get_device_name(index)
+        self.offload_stream = torch.cuda.Stream(self.torch_device)
+        self.prefetch_stream = torch.cuda.Stream(self.torch_device)
+        self._pool = HostPool(_pin, host_budget_bytes)
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        return tensor.device == self.torch_device
+
+    def current_stream(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self.torch_device)
+
+    def record(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
+        return stream.record_event()
+
+    def wait(self, stream: torch.cuda.Stream, event: torch.cuda.Event) -> None:
+        stream.wait_event(event)
+
+    def adopt(self, tensor: torch.Tensor, first: int, nbytes: int) -> Buffer:
+        return Buffer(byte_view(tensor, first, nbytes), self.current_stream())
+
+    def allocate(self, nbytes: int) -> Buffer:
+        return Buffer(torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device), self.current_stream())
+
+    def copy_out(self, block: HostBlock, buffer: Buffer) -> None:
+        assert buffer.data is not None
+        with torch.cuda.stream(self.offload_stream):
+            block.data[: block.nbytes].copy_(buffer.data, non_blocking=True)
+
+    def copy_back(self, buffer: Buffer, block: HostBlock) -> None:
+        assert buffer.data is not None
+        with torch.cuda.stream(self.prefetch_stream):
+            buffer.data[: block.nbytes].copy_(block.data[: block.nbytes], non_blocking=True)
+
+    def use(self, buffer: Buffer) -> torch.Tensor:
+        assert buffer.data is not None
+        current = self.current_stream()
+        if current != buffer.stream:
+            # made on another stream: its block must not be handed out while this one still reads
+            buffer.data.record_stream(current)
+        return buffer.data
+
+    def drop(self, buffer: Buffer, reader: torch.cuda.Stream | None = None) -> None:
+        if buffer.data is not None and reader is not None:
+            buffer.data.record_stream(reader)
+        buffer.data = None
+
+    def host_block(self, nbytes: int) -> HostBlock | None:
+        return self._pool.take(nbytes)
+
+    def give_back(self, block: HostBlock, busy: torch.cuda.Event | None) -> None:
+        self._pool.give_back(block, busy)
+
+    def host_bytes(self) -> tuple[int, int, int]:
+        return self._pool.sizes()
+
+
+def _pin(data: torch.Tensor) -> _Pin | None:
+    """Page-lock the tensor's memory in place, for as long as the pin lives; None if the driver refuses."""
+    failed = int(torch.cuda.cudart().cudaHostRegister(data.data_ptr(), data.numel(), 0))
+    return None if failed else _Pin(data)
+
+
+class _Pin:
+    """Unpins the memory before it is freed; a copy may still be on its way, so it waits for the device."""
+
+    def __init__(self, data: torch.Tensor) -> None:
+        self._data = data
+
+    def __del__(self) -> None:
+        if sys.is_finalizing():
+            return  # the driver unpins by itself when the process ends
+        torch.cuda.synchronize()
+        torch.cuda.cudart().cudaHostUnregister(self._data.data_ptr())

@@ -1,0 +1,120 @@
+"""Host memory for offloaded storages: taken once, reused step after step.
+
+torch rounds a pinned block up to a power of two (up to twice the bytes). The pool takes slabs of plain
+memory in exact sizes (whole pages) and has the device pin them (`cudaHostRegister`), so bytes pinned are
+bytes used. Free blocks are kept by size; a step that repeats itself takes the same blocks again, and no
+memory is pinned after the first step.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from vdnn.engine.device import Event, HostBlock
+from vdnn.errors import UsageError
+from vdnn.units import format_bytes
+
+__all__ = ["HostPool"]
+
+PAGE_BYTES = 4096
+
+
+class HostPool:
+    """Blocks of host memory.
+
+    Args:
+        pin: page-locks a flat uint8 CPU tensor and returns what keeps it so, or None if that failed.
+            No function at all: pageable memory is what is wanted.
+        budget_bytes: reserve no more than this; None for no limit.
+    """
+
+    def __init__(self, pin: Callable[[torch.Tensor], object | None] | None, budget_bytes: int | None = None) -> None:
+        if budget_bytes is not None and budget_bytes < 0:
+            raise UsageError(f"a host budget of {budget_bytes} bytes is negative: give 0 or more")
+        self.budget_bytes = budget_bytes
+        self.reserved_bytes = 0
+        self.used_bytes = 0
+        self.peak_bytes = 0
+        self.allocations = 0
+        self._pin = pin
+        self._free: dict[int, list[HostBlock]] = {}
+        self._lock = threading.Lock()
+        # Blocks come back when the object that autograd holds dies, in any thread and even while this very
+        # thread is inside `take`: an append to a deque is atomic, and `take` empties it under the lock.
+        self._returned: deque[HostBlock] = deque()
+        self._warned = False
+
+    def take(self, nbytes: int) -> HostBlock | None:
+        """A block of exactly `nbytes`, or None where the budget has no room for it."""
+        size = -(-max(nbytes, 1) // PAGE_BYTES) * PAGE_BYTES
+        with self._lock:
+            self._collect()
+            block = self._pop(size)
+            if block is None:
+                if self.budget_bytes is not None and self.reserved_bytes + size > self.budget_bytes:
+                    self._shrink(self.reserved_bytes + size - self.budget_bytes)
+                    if self.reserved_bytes + size > self.budget_bytes:
+                        self._warn(
+                            f"the host budget of {format_bytes(self.budget_bytes)} is spent: "
+                            f"{format_bytes(nbytes)} and whatever follows stay on the device; raise the budget"
+                        )
+                        return None
+                block = self._new(size)
+            block.nbytes = nbytes
+            self.used_bytes += size
+            self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+            return block
+
+    def give_back(self, block: HostBlock, busy: Event | None) -> None:
+        """Return a block; whoever takes it next waits for `busy` before writing."""
+        block.busy = busy
+        self._returned.append(block)
+
+    def sizes(self) -> tuple[int, int, int]:
+        """Bytes in use now, peak in use, reserved."""
+        with self._lock:
+            self._collect()
+            return self.used_bytes, self.peak_bytes, self.reserved_bytes
+
+    def _collect(self) -> None:
+        while self._returned:
+            block = self._returned.popleft()
+            size = block.data.numel()
+            self.used_bytes -= size
+            self._free.setdefault(size, []).append(block)
+
+    def _pop(self, size: int) -> HostBlock | None:
+        """A free block of that size, or else the smallest that is at most an eighth larger."""
+        if self._free.get(size):
+            return self._free[size].pop()
+        fitting = [s for s, blocks in self._free.items() if blocks and size < s <= size + size // 8]
+        return self._free[min(fitting)].pop() if fitting else None
+
+    def _shrink(self, wanted: int) -> None:
+        """Let go of free blocks, largest first, until `wanted` bytes are gone."""
+        for size in sorted(self._free, reverse=True):
+            while self._free[size] and wanted > 0:
+                self._free[size].pop()
+                self.reserved_bytes -= size
+                wanted -= size
+
+    def _new(self, size: int) -> HostBlock:
+        with _disable_current_modes():  # host memory is not the device's: no account may see it
+            data = torch.empty(size, dtype=torch.uint8)
+        pin = self._pin(data) if self._pin is not None else None
+        if self._pin is not None and pin is None:
+            self._warn("host memory could not be pinned: pageable memory is used, and copies will not overlap")
+        self.reserved_bytes += size
+        self.allocations += 1
+        return HostBlock(data, size, pin)
+
+    def _warn(self, text: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(text, stacklevel=4)

@@ -1,0 +1,106 @@
+"""Happens-before on streams and events, with vector clocks.
+
+Every stream counts what was issued to it. A stream knows, for every other stream, up to which count that
+stream's work is sure to be done before its own next work: an event is a copy of that knowledge, and waiting
+for an event takes it over. An access is ordered before a stream's next work if the stream knows of it.
+CPU kernels are never late, so wrong results alone would never show a missing wait; this does.
+"""
+
+from __future__ import annotations
+
+from vdnn.errors import RaceError
+
+__all__ = ["Access", "Event", "History", "Stream"]
+
+
+class Stream:
+    """A queue of work in order."""
+
+    __slots__ = ("known", "name", "tick")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.tick = 0
+        self.known: dict[Stream, int] = {}
+
+    def issue(self) -> Access:
+        """Count one more piece of work on this stream."""
+        self.tick += 1
+        return Access(self, self.tick)
+
+    def record(self) -> Event:
+        """An event behind everything issued so far."""
+        return Event(self, self.tick, {**self.known, self: self.tick})
+
+    def wait(self, event: Event) -> None:
+        """Take over what the event knows."""
+        for stream, tick in event.known.items():
+            if stream is not self and self.known.get(stream, 0) < tick:
+                self.known[stream] = tick
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+class Event:
+    """What a stream knew when the event was recorded."""
+
+    __slots__ = ("known", "stream", "tick")
+
+    def __init__(self, stream: Stream, tick: int, known: dict[Stream, int]) -> None:
+        self.stream = stream
+        self.tick = tick
+        self.known = known
+
+
+class Access:
+    """One read or write of a piece of memory: the `tick`-th work of `stream`."""
+
+    __slots__ = ("stream", "tick")
+
+    def __init__(self, stream: Stream, tick: int) -> None:
+        self.stream = stream
+        self.tick = tick
+
+    def before(self, stream: Stream) -> bool:
+        """Whether this access is sure to be over before the stream's next work."""
+        return stream is self.stream or stream.known.get(self.stream, 0) >= self.tick
+
+
+class History:
+    """The accesses of one piece of memory that a later one may have to wait for."""
+
+    __slots__ = ("reads", "what", "write")
+
+    def __init__(self, what: str, write: Access | None = None) -> None:
+        self.what = what
+        self.write = write
+        self.reads: list[Access] = []
+
+    def check_read(self, stream: Stream, doing: str) -> None:
+        """A read must come after the last write.
+
+        Raises:
+            RaceError: it is not ordered; names both streams.
+        """
+        if self.write is not None and not self.write.before(stream):
+            raise RaceError(
+                f"{doing}: {stream} reads {self.what} without waiting for {self.write.stream}, which writes it"
+            )
+
+    def check_write(self, stream: Stream, doing: str) -> None:
+        """A write, or the end of the memory, must come after the last write and all reads since.
+
+        Raises:
+            RaceError: it is not ordered; names both streams.
+        """
+        for access, verb in [(self.write, "writes"), *((read, "reads") for read in self.reads)]:
+            if access is not None and not access.before(stream):
+                raise RaceError(
+                    f"{doing}: {stream} reuses {self.what} without waiting for {access.stream}, which still {verb} it"
+                )
+
+    def wrote(self, access: Access) -> None:
+        """Note a write; it is ordered after everything before it."""
+        self.write = access
+        self.reads.clear()
