@@ -1,1 +1,35 @@
+"""What a run came to: text, JSON rows and figures (`vdnn.reporting.plots`, imported only where they are drawn)."""
 
+from vdnn.reporting.origin import provenance
+from vdnn.reporting.rows import comparisons, difference_rows, differences, result_row, result_rows
+from vdnn.reporting.sheet import as_text
+from vdnn.reporting.summaries import as_rows, hardware_row, layer_shares, plan_rows, summarise
+from vdnn.reporting.text import (
+    hardware_table,
+    plan_report,
+    prediction_table,
+    result_report,
+    results_table,
+    trace_report,
+)
+
+__all__ = [
+    "as_rows",
+    "as_text",
+    "comparisons",
+    "difference_rows",
+    "differences",
+    "hardware_row",
+    "hardware_table",
+    "layer_shares",
+    "plan_report",
+    "plan_rows",
+    "prediction_table",
+    "provenance",
+    "result_report",
+    "result_row",
+    "result_rows",
+    "results_table",
+    "summarise",
+    "trace_report",
+]
