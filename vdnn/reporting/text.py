@@ -91,6 +91,7 @@ def _figures(pairs: Sequence[Comparison]) -> list[tuple[str, list[str]]]:
     for level in LEVELS:
         if level == "requested" or any(peak_of(r, level) is not None for r in results):
             found.append((f"peak\n{level}\n[{size.unit}]", [size.text(peak_of(r, level)) for r in results]))
+    found.append(("fits\n\n", [_yes_no(r.fits) for r in results]))
     found.append(("saved\n\n[%]", [_percent(p.saving_percent) for p in pairs]))
     found.append((f"iteration\n\n[{time.unit}]", [time.text(r.iteration_time_ns) for r in results]))
     found.append(("slowdown\n\n", [_ratio(p.slowdown) for p in pairs]))
@@ -98,7 +99,6 @@ def _figures(pairs: Sequence[Comparison]) -> list[tuple[str, list[str]]]:
     found.append((f"offloaded\n\n[{moved.unit}]", [moved.text(r.offloaded_bytes) for r in results]))
     found.append((f"fetched\n\n[{moved.unit}]", [moved.text(r.prefetched_bytes) for r in results]))
     found.append((f"host\npeak\n[{moved.unit}]", [moved.text(r.host_peak_bytes) for r in results]))
-    found.append(("fits\n\n", [_yes_no(r.fits) for r in results]))
     return found
 
 
