@@ -16,6 +16,7 @@ import hashlib
 import json
 import types
 import typing
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -128,7 +129,7 @@ def loads(text: str, kind: str | None = None, name: str = "the text") -> Any:
     """
     try:
         data = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{name} is not JSON ({error}): truncated or another program's file?") from None
     if not isinstance(data, dict) or not isinstance(data.get("vdnn"), str):
         raise FormatError(f"{name} is not a vdnn file: it has no 'vdnn' entry that says what it holds")
@@ -168,7 +169,7 @@ def load(path: str | Path, kind: str | None = None) -> Any:
     if raw[:2] == b"\x1f\x8b":
         try:
             raw = gzip.decompress(raw)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise FormatError(f"{path} is a damaged gzip file: {error}") from None
     try:
         text = raw.decode()
@@ -243,7 +244,7 @@ def _union(members: tuple[Any, ...]) -> _Decoder:
         if data is None and optional:
             return None
         action = data.get("action") if isinstance(data, dict) else None
-        if action not in by_action:
+        if not isinstance(action, str) or action not in by_action:
             raise _BadData(f"has action {action!r}, but may have {', '.join(sorted(by_action))}")
         return by_action[action](data)
 
