@@ -81,7 +81,7 @@ CAUSE_LOOKS = {
     "launch": Look("stall: launch", GREY, "....."),
 }
 OFFLOADED = Look("offloaded", ORANGE)
-KEPT = Look("kept", PALE, "////")
+KEPT = Look("kept", "#C8C8C8", "////")
 FIT_LOOK = Look("fits", SKY)
 NO_FIT_LOOK = Look("does not fit", PALE, "xxxx")
 STALL_LOOK = Look("stalls", VERMILION, "/////")

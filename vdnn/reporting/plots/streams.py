@@ -75,7 +75,11 @@ def _rows(axes: Any, timeline: Timeline, begin: int, end: int, time: Scale) -> N
             group = waits.setdefault((stall.stream, stall.cause), [])
             group.append((time.of(stall.start_ns), time.of(stall.end_ns - stall.start_ns)))
     for (stream, cause), extents in waits.items():
-        axes.broken_barh(extents, (STREAMS.index(stream) - _HALF, 2 * _HALF), label=cause, **box_of(CAUSE_LOOKS[cause]))
+        box = box_of(CAUSE_LOOKS[cause])
+        if len(extents) > 100:
+            # Outlines of that many boxes would fill the row; the hatches alone leave its density to see.
+            box["linewidth"] = 0
+        axes.broken_barh(extents, (STREAMS.index(stream) - _HALF, 2 * _HALF), label=cause, **box)
     for (stream, look), extents in bars.items():
         wide: list[tuple[float, float]] = []
         narrow: list[tuple[float, float]] = []
