@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Frame", "ModuleCalls"]
+__all__ = ["Frame", "Hook", "ModuleCalls"]
 
 
 class Frame:
@@ -39,6 +39,25 @@ class Frame:
 Listener = Callable[[Frame], None]
 
 
+class Hook:
+    """A function on a module's hook list that does not follow the module into a copy or a pickle: there it is inert."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., None] | None = None) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> None:
+        if self._function is not None:
+            self._function(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return Hook()
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
+        return Hook, ()
+
+
 class ModuleCalls:
     """Follows the forward calls of a model's modules. `on_begin` and `on_end` hear of every frame."""
 
@@ -53,10 +72,11 @@ class ModuleCalls:
 
     def attach(self) -> None:
         """Hook every module of the model; the first hook to run before forward, the last after it."""
+        begin, end = Hook(self._begin), Hook(self._end)
         for module in self.names:
-            self._handles.append(module.register_forward_pre_hook(self._begin, prepend=True))
+            self._handles.append(module.register_forward_pre_hook(begin, prepend=True))
             # always_call: the frame must end when forward raises, too
-            self._handles.append(module.register_forward_hook(self._end, always_call=True))
+            self._handles.append(module.register_forward_hook(end, always_call=True))
 
     def detach(self) -> None:
         """Take all hooks off again."""

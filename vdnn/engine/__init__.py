@@ -1,1 +1,23 @@
+"""The engine: executes a plan, or a rule, on a device."""
 
+from vdnn.engine.cuda import CudaDevice
+from vdnn.engine.device import Device
+from vdnn.engine.offloader import Counts, Offloader
+from vdnn.engine.schedule import Rule, Schedule
+from vdnn.engine.virtual import VirtualDevice
+from vdnn.engine.wrapping import Engine, engine_of, offloading, unwrap_model, wrap_model
+
+__all__ = [
+    "Counts",
+    "CudaDevice",
+    "Device",
+    "Engine",
+    "Offloader",
+    "Rule",
+    "Schedule",
+    "VirtualDevice",
+    "engine_of",
+    "offloading",
+    "unwrap_model",
+    "wrap_model",
+]

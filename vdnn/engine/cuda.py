@@ -50,7 +50,8 @@ class CudaDevice:
         return torch.cuda.current_stream(self.torch_device)
 
     def record(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
-        return stream.record_event()
+        event: torch.cuda.Event = stream.record_event()
+        return event
 
     def wait(self, stream: torch.cuda.Stream, event: torch.cuda.Event) -> None:
         stream.wait_event(event)
@@ -66,10 +67,10 @@ class CudaDevice:
         with torch.cuda.stream(self.offload_stream):
             block.data[: block.nbytes].copy_(buffer.data, non_blocking=True)
 
-    def copy_back(self, buffer: Buffer, block: HostBlock) -> None:
+    def copy_back(self, buffer: Buffer, block: HostBlock, at: int) -> None:
         assert buffer.data is not None
         with torch.cuda.stream(self.prefetch_stream):
-            buffer.data[: block.nbytes].copy_(block.data[: block.nbytes], non_blocking=True)
+            buffer.data[at : at + block.nbytes].copy_(block.data[: block.nbytes], non_blocking=True)
 
     def use(self, buffer: Buffer) -> torch.Tensor:
         assert buffer.data is not None

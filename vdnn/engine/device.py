@@ -86,8 +86,8 @@ class Device(Protocol):
     def copy_out(self, block: HostBlock, buffer: Buffer) -> None:
         """Issue the copy to the host on the offload stream."""
 
-    def copy_back(self, buffer: Buffer, block: HostBlock) -> None:
-        """Issue the copy to the device on the prefetch stream."""
+    def copy_back(self, buffer: Buffer, block: HostBlock, at: int) -> None:
+        """Issue the copy to the device, to byte `at` of the buffer, on the prefetch stream."""
 
     def use(self, buffer: Buffer) -> torch.Tensor:
         """The bytes, for the current stream to read."""
@@ -108,5 +108,5 @@ class Device(Protocol):
 def byte_view(tensor: torch.Tensor, first: int, nbytes: int) -> torch.Tensor:
     """Bytes [first, first + nbytes) of the tensor's storage, as a flat uint8 tensor that shares them."""
     flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-    flat.set_(tensor.untyped_storage(), first, (nbytes,), (1,))  # type: ignore[call-overload]
+    flat.set_(tensor.untyped_storage(), first, (nbytes,), (1,))
     return flat

@@ -29,7 +29,7 @@ class MemoryAccount(TorchDispatchMode):
     """
 
     def __init__(self, limit_bytes: int | None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.limit_bytes = limit_bytes
         self.peak_bytes = 0
         self._bound = 0

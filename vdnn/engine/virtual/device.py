@@ -90,13 +90,13 @@ class VirtualDevice:
     # -- accounting --------------------------------------------------------------------------------
 
     def __enter__(self) -> VirtualDevice:
-        self.account.__enter__()
+        self.account.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.account.__exit__(kind, error, trace)
+        self.account.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
 
     @property
     def peak_bytes(self) -> int:
@@ -170,7 +170,7 @@ class VirtualDevice:
             self._enqueue(stream, access.tick, buffer, buffer.data, block.data[: block.nbytes])
             self.copied_out_bytes += block.nbytes
 
-    def copy_back(self, buffer: Buffer, block: HostBlock) -> None:
+    def copy_back(self, buffer: Buffer, block: HostBlock, at: int) -> None:
         with self._lock:
             stream = self.prefetch_stream
             if self.check:
@@ -180,7 +180,7 @@ class VirtualDevice:
             block.mark.reads.append(access)
             buffer.mark.wrote(access)
             assert buffer.data is not None
-            self._enqueue(stream, access.tick, block, block.data[: block.nbytes], buffer.data[: block.nbytes])
+            self._enqueue(stream, access.tick, block, block.data[: block.nbytes], buffer.data[at : at + block.nbytes])
             self.copied_back_bytes += block.nbytes
 
     def use(self, buffer: Buffer) -> torch.Tensor:
@@ -221,9 +221,7 @@ class VirtualDevice:
         with self._lock:
             self._run_until({stream: stream.tick for stream in self._queues})
 
-    def _enqueue(
-        self, stream: Stream, tick: int, owner: object, source: torch.Tensor, target: torch.Tensor
-    ) -> None:
+    def _enqueue(self, stream: Stream, tick: int, owner: object, source: torch.Tensor, target: torch.Tensor) -> None:
         def run() -> None:
             copy.source.copy_into(target)  # type: ignore[attr-defined]
 
