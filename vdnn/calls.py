@@ -13,6 +13,7 @@ recomputation in backward, a submodule called by the user's own code) has no fra
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -87,6 +88,8 @@ class ModuleCalls:
 
     def _begin(self, module: nn.Module, args: Any) -> None:
         parent = self.current
+        if parent is not None and module is self.root and not self._runs_inside_itself():
+            parent = None  # an earlier forward was broken off (KeyboardInterrupt skips forward hooks)
         if parent is None:
             if module is not self.root:
                 return
@@ -96,6 +99,15 @@ class ModuleCalls:
         frame = self.current = Frame(module, self.names[module], call, parent)
         if self._on_begin is not None:
             self._on_begin(frame)
+
+    def _runs_inside_itself(self) -> bool:
+        """Whether the root's forward is really on the Python stack beside the call that begins now."""
+        frame, calls = sys._getframe(), 0
+        while frame is not None and calls < 2:
+            if frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is self.root:
+                calls += 1
+            frame = frame.f_back  # type: ignore[assignment]
+        return calls >= 2
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         frame = self.current

@@ -1,5 +1,6 @@
 """The engine: executes a plan, or a rule, on a device."""
 
+from vdnn.engine.account import EngineReport
 from vdnn.engine.cuda import CudaDevice
 from vdnn.engine.device import Device
 from vdnn.engine.offloader import Counts, Offloader
@@ -12,6 +13,7 @@ __all__ = [
     "CudaDevice",
     "Device",
     "Engine",
+    "EngineReport",
     "Offloader",
     "Rule",
     "Schedule",

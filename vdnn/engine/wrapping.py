@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from vdnn.calls import Frame, Hook, ModuleCalls
+from vdnn.engine.account import EngineReport
 from vdnn.engine.device import Device
 from vdnn.engine.offloader import Offloader, storage_keys
 from vdnn.engine.schedule import Rule, Schedule
@@ -53,6 +54,28 @@ class Engine:
         self._close()
         self._first.remove()
         self._calls.detach()
+
+    def report(self) -> EngineReport:
+        """What the engine did so far."""
+        counts, plan = self.offloader.counts, self.last.plan if self.last else None
+        used, peak, reserved = self.offloader.device.host_bytes()
+        return EngineReport(
+            device=self.offloader.device.name,
+            policy=plan.policy if plan else "by rule",
+            passes=counts.passes,
+            packs=counts.packs,
+            offloaded_storages=counts.offloaded_storages,
+            offloaded_bytes=counts.offloaded_bytes,
+            prefetched_storages=counts.prefetched_storages,
+            fetched_storages=counts.fetched_storages,
+            returned_bytes=counts.returned_bytes,
+            host_full=counts.host_full,
+            host_used_bytes=used,
+            host_peak_bytes=peak,
+            host_reserved_bytes=reserved,
+            mismatches=tuple(counts.mismatches),
+            notes=plan.notes if plan else (),
+        )
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._calls.current is None:

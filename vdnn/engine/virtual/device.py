@@ -14,7 +14,7 @@ import contextlib
 import random
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import TracebackType
 from typing import cast
 
@@ -24,7 +24,7 @@ from vdnn.engine.device import Buffer, HostBlock, byte_view
 from vdnn.engine.hostpool import HostPool
 from vdnn.engine.virtual.account import MemoryAccount
 from vdnn.engine.virtual.order import Event, History, Stream
-from vdnn.errors import EngineError
+from vdnn.errors import RaceError
 from vdnn.units import parse_bandwidth, parse_size
 
 __all__ = ["VirtualDevice"]
@@ -33,15 +33,30 @@ POISON = 0xFF  # as bytes of a floating dtype: NaN
 
 
 class _Copy:
-    """A copy that was issued and may not have run: `tick` is its place on its stream."""
+    """A copy that was issued and may not have run.
 
-    __slots__ = ("after", "run", "source", "tick")
+    `tick` is its place on its stream, `after` what its stream knew then. `owner` is the buffer or block that it
+    reads from; once that is let go, `poisoned`: the memory may hold anything.
+    """
 
-    def __init__(self, tick: int, source: object, run: Callable[[], None], after: dict[Stream, int]) -> None:
+    __slots__ = ("after", "owner", "poisoned", "source", "target", "tick")
+
+    def __init__(
+        self, tick: int, after: dict[Stream, int], owner: object, source: torch.Tensor, target: torch.Tensor
+    ) -> None:
         self.tick = tick
-        self.source = source
-        self.run = run
         self.after = after
+        self.owner = owner
+        self.source = source
+        self.target = target
+        self.poisoned = False
+
+    def run(self) -> None:
+        with torch.no_grad():
+            if self.poisoned:
+                self.target.fill_(POISON)
+            else:
+                self.target.copy_(self.source)
 
 
 class VirtualDevice:
@@ -81,6 +96,7 @@ class VirtualDevice:
         self.account = MemoryAccount(self.memory_bytes)
         self.copied_out_bytes = 0
         self.copied_back_bytes = 0
+        self.races: list[RaceError] = []
         self._current = threading.local()
         self._queues: dict[Stream, deque[_Copy]] = {self.offload_stream: deque(), self.prefetch_stream: deque()}
         self._chance = random.Random(seed)
@@ -128,10 +144,12 @@ class VirtualDevice:
 
     def record(self, stream: Stream) -> Event:
         with self._lock:
+            self._raise_races()
             return stream.record()
 
     def wait(self, stream: Stream, event: Event) -> None:
         with self._lock:
+            self._raise_races()
             stream.wait(event)
             if stream not in self._queues:
                 self._run_until(event.known)  # compute is never late: what it waits for must run now
@@ -195,7 +213,11 @@ class VirtualDevice:
             if buffer.data is None:
                 return
             if self.check and reader is None:
-                buffer.mark.check_write(self.current_stream(), "release")
+                try:
+                    buffer.mark.check_write(self.current_stream(), "release")
+                except RaceError as race:
+                    # memory is mostly let go in a finalizer, where nothing can be raised: the next call does it
+                    self.races.append(race)
             if reader is None:
                 self._poison_late_copies(buffer)
             buffer.data = None
@@ -217,16 +239,23 @@ class VirtualDevice:
     # -- late execution ----------------------------------------------------------------------------
 
     def finish(self) -> None:
-        """Run every copy that is still late."""
+        """Run every copy that is still late.
+
+        Raises:
+            RaceError: memory was let go too early, and no call since then could say so.
+        """
         with self._lock:
+            self._raise_races()
             self._run_until({stream: stream.tick for stream in self._queues})
 
-    def _enqueue(self, stream: Stream, tick: int, owner: object, source: torch.Tensor, target: torch.Tensor) -> None:
-        def run() -> None:
-            copy.source.copy_into(target)  # type: ignore[attr-defined]
+    def _raise_races(self) -> None:
+        if self.races:
+            race = self.races[0]
+            self.races.clear()
+            raise race
 
-        copy = _Copy(tick, _Source(owner, source), run, dict(stream.known))
-        self._queues[stream].append(copy)
+    def _enqueue(self, stream: Stream, tick: int, owner: object, source: torch.Tensor, target: torch.Tensor) -> None:
+        self._queues[stream].append(_Copy(tick, dict(stream.known), owner, source, target))
         self._dally()
 
     def _run_until(self, ticks: dict[Stream, int]) -> None:
@@ -249,26 +278,5 @@ class VirtualDevice:
         """Copies that have not run yet will find other bytes in this memory."""
         for queue in self._queues.values():
             for copy in queue:
-                source = copy.source
-                if isinstance(source, _Source) and source.owner is buffer:
-                    source.poisoned = True
-
-
-class _Source:
-    """Where a late copy reads from; poisoned once its memory was let go."""
-
-    __slots__ = ("data", "owner", "poisoned")
-
-    def __init__(self, owner: object, data: torch.Tensor) -> None:
-        self.owner = owner
-        self.data = data
-        self.poisoned = False
-
-    def copy_into(self, target: torch.Tensor) -> None:
-        if self.data.numel() != target.numel():
-            raise EngineError(f"a copy of {self.data.numel()} bytes into {target.numel()}")
-        with torch.no_grad():
-            if self.poisoned:
-                target.fill_(POISON)
-            else:
-                target.copy_(self.data)
+                if copy.owner is buffer:
+                    copy.poisoned = True

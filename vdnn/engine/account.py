@@ -1,0 +1,49 @@
+"""`EngineReport`: what the engine did to a model so far, in numbers and in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vdnn.units import format_bytes
+
+__all__ = ["EngineReport"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReport:
+    """Totals over all passes so far; `host_…` are of the pool. A pass is one forward and its backward."""
+
+    device: str
+    policy: str
+    passes: int
+    packs: int
+    offloaded_storages: int
+    offloaded_bytes: int
+    prefetched_storages: int
+    fetched_storages: int
+    returned_bytes: int
+    host_full: int
+    host_used_bytes: int
+    host_peak_bytes: int
+    host_reserved_bytes: int
+    mismatches: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        passes = max(self.passes, 1)
+        lines = [
+            f"vdnn on {self.device}, policy {self.policy}, {self.passes} passes",
+            f"  saved tensors      {self.packs // passes} a pass",
+            f"  offloaded          {self.offloaded_storages // passes} storages, "
+            f"{format_bytes(self.offloaded_bytes // passes)} a pass",
+            f"  came back          {format_bytes(self.returned_bytes // passes)} a pass: "
+            f"{self.prefetched_storages // passes} storages prefetched, {self.fetched_storages // passes} on demand",
+            f"  host memory        {format_bytes(self.host_peak_bytes)} at most, "
+            f"{format_bytes(self.host_reserved_bytes)} reserved, {format_bytes(self.host_used_bytes)} in use now",
+        ]
+        if self.host_full:
+            lines.append(f"  stayed on device   {self.host_full} storages, because the host budget was spent")
+        if self.mismatches:
+            lines.append(f"  not as planned     {len(self.mismatches)} saved tensors; the first: {self.mismatches[0]}")
+        lines.extend(f"  note               {note}" for note in self.notes)
+        return "\n".join(lines)
