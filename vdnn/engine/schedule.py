@@ -50,13 +50,17 @@ class Rule:
 
 
 class Schedule:
-    """A plan and the rule for what it does not know.
+    """A plan and the rule for what it does not know (without one: the plan's own default).
 
     Raises:
         PlanMismatchError: a point of the plan names nothing that can be observed.
     """
 
-    def __init__(self, plan: Plan | None, rule: Rule) -> None:
+    def __init__(self, plan: Plan | None, rule: Rule | None = None) -> None:
+        if rule is None:
+            rule = Rule(offload=False)
+            if plan is not None and plan.default == "offload":
+                rule = Rule(min_bytes=plan.min_bytes, max_inflight_bytes=plan.max_inflight_bytes)
         self.plan = plan
         self.rule = rule
         self.calls: dict[tuple[str, int], CallSchedule] = {}
