@@ -143,7 +143,7 @@ class Check:
         dtype = {"amp": torch.float16, "amp-bf16": torch.bfloat16}.get(precision)
         torch.manual_seed(1)
         with torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-            return work.loss(model(*args, **kwargs), self.device)
+            return work.loss(model(*args, **kwargs), work.targets(self.device))
 
     def measured(self) -> list[dict[str, Any]]:
         """Time, peaks and overlap of a training step under each policy, beside the prediction."""
@@ -277,8 +277,15 @@ def provenance(check: Check) -> dict[str, Any]:
     except (OSError, subprocess.CalledProcessError):
         commit = ""
     gpu = "virtual" if check.virtual else torch.cuda.get_device_name()
-    return {"command": "experiments/gpu/check.py", "commit": commit, "vdnn": vdnn.__version__, "torch": torch.__version__,
-            "cuda": torch.version.cuda, "gpu": gpu, "source": "measured"}  # fmt: skip
+    return {
+        "command": "experiments/gpu/check.py",
+        "commit": commit,
+        "vdnn": vdnn.__version__,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "gpu": gpu,
+        "source": "measured",
+    }
 
 
 def table(results: dict[str, Any]) -> str:
