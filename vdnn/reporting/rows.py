@@ -109,7 +109,7 @@ class Comparison:
     @property
     def is_baseline(self) -> bool:
         """Whether the result is its own baseline."""
-        return self.result is self.baseline
+        return self.result == self.baseline
 
 
 def baseline_of(result: RunResult, results: Iterable[RunResult]) -> RunResult | None:
