@@ -1,1 +1,6 @@
+"""Models with a batch of inputs and a loss, by name; nothing is downloaded."""
 
+from vdnn.models.registry import list_models, load
+from vdnn.models.work import Work
+
+__all__ = ["Work", "list_models", "load"]
