@@ -54,7 +54,18 @@ class Counts:
 class Pass:
     """One forward and the backward that follows it."""
 
-    __slots__ = ("__weakref__", "entries", "inflight", "inflight_bytes", "known", "order", "outside", "schedule")
+    __slots__ = (
+        "__weakref__",
+        "ahead_bytes",
+        "entries",
+        "inflight",
+        "inflight_bytes",
+        "known",
+        "next_ahead",
+        "order",
+        "outside",
+        "schedule",
+    )
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
@@ -64,6 +75,8 @@ class Pass:
         self.order: list[weakref.ref[SavedStorage]] = []
         self.inflight: deque[weakref.ref[SavedStorage]] = deque()
         self.inflight_bytes = 0
+        self.ahead_bytes = 0  # fetched before backward asked, and not asked for yet
+        self.next_ahead: int | None = None  # place in `order` of the next one to fetch ahead
         self.outside = 0
 
 
@@ -124,7 +137,10 @@ class Offloader:
         if here is None:
             return Kept(_alias(tensor), None, None)
         slot, mismatch = self._slot(here, tensor)
-        packed = self._place(here, tensor, slot, mismatch)
+        if not here.schedule.rule.offload and (slot is None or slot.entry < 0 or mismatch):
+            packed: Kept | Offloaded = Kept(_alias(tensor), here, slot)
+        else:
+            packed = self._place(here, tensor, slot, mismatch)
         if slot is not None and slot.release:
             self._release(here, slot.release)
         return packed
@@ -139,7 +155,7 @@ class Offloader:
             call = frame.slot if frame.slot is not None else _EMPTY
             index = frame.packs
             frame.packs += 1
-        slot = call.slots.get(index)
+        slot = call.slots.get(index) if call.slots else None
         if slot is None or slot.name is None:
             return slot, False
         name = slot.name
@@ -225,6 +241,7 @@ class Offloader:
             self.counts.offloaded_bytes += nbytes
             weak = weakref.ref(saved)
             here.known[key] = (StorageWeakRef(storage), version, weak)
+            saved.place = len(here.order)
             here.order.append(weak)
             if entry >= 0:
                 here.entries.setdefault(entry, []).append(weak)
@@ -259,11 +276,15 @@ class Offloader:
         if isinstance(packed, torch.Tensor):
             return packed
         if isinstance(packed, Offloaded):
-            if packed.storage.state is State.ON_HOST and packed.storage.prefetch():
+            storage = packed.storage
+            by_rule = packed.slot is None or packed.slot.entry < 0
+            if storage.state is State.ON_HOST and storage.prefetch():
                 self.counts.fetched_storages += 1
-                self.counts.returned_bytes += packed.storage.nbytes
-            if packed.slot is None or packed.slot.entry < 0:
-                self._ahead(packed)
+                self.counts.returned_bytes += storage.nbytes
+            elif by_rule and storage.state is State.PREFETCHING:
+                packed.owner.ahead_bytes -= storage.nbytes
+            if by_rule:
+                self._ahead(packed.owner, storage)
         slot, owner = packed.slot, packed.owner
         if slot is not None and owner is not None:
             for saved in self._alive(owner, slot.prefetch):
@@ -277,22 +298,19 @@ class Offloader:
             self.counts.prefetched_storages += 1
             self.counts.returned_bytes += saved.nbytes
 
-    def _ahead(self, packed: Offloaded) -> None:
-        """By rule: fetch what was saved before this one, newest first, up to a bound of bytes."""
-        here = packed.owner
-        left = here.schedule.rule.ahead_bytes
-        while here.order and here.order[-1]() is None:
-            here.order.pop()
-        behind = False
-        for weak in reversed(here.order):
-            saved = weak()
-            if saved is packed.storage:
-                behind = True
-            elif behind and saved is not None and saved.state in (State.ON_HOST, State.PREFETCHING):
-                left -= saved.nbytes
-                if left < 0:
-                    return
+    def _ahead(self, here: Pass, asked: SavedStorage) -> None:
+        """By rule: fetch what was saved before the one asked for, newest first, up to a bound of bytes."""
+        place = asked.place - 1 if here.next_ahead is None else min(here.next_ahead, asked.place - 1)
+        bound = here.schedule.rule.ahead_bytes
+        while place >= 0:
+            saved = here.order[place]()
+            if saved is not None and saved.state is State.ON_HOST:
+                if here.ahead_bytes + saved.nbytes > bound:
+                    break
+                here.ahead_bytes += saved.nbytes
                 self._prefetch(saved)
+            place -= 1
+        here.next_ahead = place
 
 
 def _alias(tensor: torch.Tensor) -> torch.Tensor:

@@ -36,12 +36,14 @@ class SavedStorage:
         "_stream",
         "first",
         "nbytes",
+        "place",
         "state",
     )
 
     def __init__(self, device: Device, source: torch.Tensor, first: int, nbytes: int) -> None:
         self.first = first
         self.nbytes = nbytes
+        self.place = 0  # its number among the storages of the pass, in pack order
         self.state = State.RESIDENT
         self._device = device
         self._buffer: Buffer | None = device.adopt(source, first, nbytes)
