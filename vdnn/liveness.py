@@ -17,6 +17,7 @@ own fetch (if nothing fetched it before) is first, then the prefetches listed th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ import numpy.typing as npt
 from vdnn.errors import PlanMismatchError
 from vdnn.values.plan import OUTSIDE, Entry, Offload, Plan, Point, SavedName
 from vdnn.values.result import PeakItem
-from vdnn.values.trace import Trace
+from vdnn.values.trace import SavedTensor, Trace
 
 __all__ = [
     "MOVABLE",
@@ -34,6 +35,7 @@ __all__ = [
     "Move",
     "Peak",
     "Points",
+    "extent",
     "host_bytes",
     "largest_working_set",
     "least_peak",
@@ -52,7 +54,7 @@ Array = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """One storage, or one saved view of it, that goes to the host and comes back.
+    """One storage, or the stretch of it that one saved view spans, that goes to the host and comes back.
 
     `saved` is the tensor it is named by, `entry` its place in the plan. `fetch` is None for what backward
     never asks for; `on_demand` says that the fetch happens at `need`. `wait` is a moment before `need` at
@@ -176,6 +178,16 @@ class Points:
         return f"it makes no call {name.module}#{name.call}; make the plan from this trace"
 
 
+def extent(saved: SavedTensor) -> tuple[int, int]:
+    """First byte and number of bytes that a saved tensor spans in its storage."""
+    elements = math.prod(saved.shape)
+    if not elements:
+        return 0, 0
+    item = saved.nbytes // elements
+    span = 1 + sum((size - 1) * stride for size, stride in zip(saved.shape, saved.stride, strict=True))
+    return saved.offset * item, span * item
+
+
 def resolve(plan: Plan | None, trace: Trace, points: Points | None = None) -> tuple[Move, ...]:
     """The moves of a plan on a trace, in plan order; none without a plan.
 
@@ -243,12 +255,16 @@ def _moves(
     prefetch = points.moment(action.prefetch_at) if action.prefetch_at else None
     wait = points.moment(action.wait_at) if action.wait_at else None
     moves = []
-    for group in [tensors] if action.whole else [[i] for i in tensors]:
+    groups = {(0, entry.storage_bytes): list(tensors)}
+    if not action.whole:
+        groups = {}
+        for i in tensors:
+            groups.setdefault(extent(points.trace.saved[i]), []).append(i)
+    for (_, nbytes), group in groups.items():
         asked = [moment for moment in map(points.unpack, group) if moment is not None]
         need = min(asked) if asked else None
         on_demand = need is not None and (prefetch is None or prefetch >= need)
         fetch = need if on_demand else prefetch
-        nbytes = entry.storage_bytes if action.whole else points.trace.saved[group[0]].nbytes
         early = wait is not None and fetch is not None and fetch < wait and (need is None or wait < need)
         out = min(points.pack(i) for i in group)
         early_wait = wait if early else None

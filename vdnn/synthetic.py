@@ -350,7 +350,7 @@ def conv_chain(
 
 
 def fork_join(batch: int = 8, size: int = 32, channels: int = 16) -> Trace:
-    """A feature map that two convolutions consume; their outputs are added. The fork of the paper's Fig. 3."""
+    """A feature map that two convolutions consume; their outputs are added."""
     tape = Tape("fork_join", batch)
     stem = tape.relu_("stem.relu", tape.conv("stem.conv", tape.input(batch, 3, size, size), channels))
     left = tape.conv("left", stem, channels)

@@ -1,0 +1,60 @@
+"""Which saved storages a policy may move, and why not the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vdnn.liveness import MOVABLE
+from vdnn.policies.options import Options
+from vdnn.units import format_bytes
+from vdnn.values.trace import SavedTensor, Storage, Trace
+
+__all__ = ["Saved", "survey"]
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """One storage that autograd saves, with its saved tensors in pack order; `why` it must stay, or ""."""
+
+    storage: int
+    nbytes: int
+    tensors: tuple[int, ...]
+    why: str
+
+    @property
+    def movable(self) -> bool:
+        """It may be offloaded."""
+        return not self.why
+
+
+def survey(trace: Trace, options: Options) -> list[Saved]:
+    """Every saved storage, in the order of its first pack."""
+    tensors: dict[int, list[int]] = {}
+    for i, t in enumerate(trace.saved):
+        tensors.setdefault(t.storage, []).append(i)
+    return [
+        Saved(storage, trace.storages[storage].nbytes, tuple(found), _why(trace, storage, found, options))
+        for storage, found in tensors.items()
+    ]
+
+
+def _why(trace: Trace, storage: int, tensors: list[int], options: Options) -> str:
+    s = trace.storages[storage]
+    saved = [trace.saved[i] for i in tensors]
+    if s.category not in MOVABLE:
+        return f"a {s.category.replace('_', ' ')}: not a feature map"
+    if s.name.startswith("cast of"):
+        return f"{s.name}: a weight's low-precision copy, which can be cast again"
+    if s.held:
+        return f"held by {s.held} until backward: offloading it would free nothing"
+    if s.nbytes < options.min_bytes:
+        return f"smaller than {format_bytes(options.min_bytes)}"
+    if s.need < 0:
+        return "backward never asks for it"
+    if _no_gap(s, saved):
+        return "backward needs it as soon as it could leave"
+    return ""
+
+
+def _no_gap(s: Storage, saved: list[SavedTensor]) -> bool:
+    return s.need <= max(s.release, *(t.packed_at for t in saved))

@@ -1,0 +1,56 @@
+"""Policies by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from vdnn.errors import unknown_name
+from vdnn.policies.options import Options
+from vdnn.values.hardware import Hardware
+from vdnn.values.plan import Plan
+from vdnn.values.trace import Trace
+
+__all__ = ["Policy", "decide", "find", "names", "register"]
+
+Policy = Callable[[Trace, Hardware, Options], Plan]
+_POLICIES: dict[str, Policy] = {}
+
+
+def register(name: str) -> Callable[[Policy], Policy]:
+    """Make a policy known by a name."""
+
+    def add(policy: Policy) -> Policy:
+        _POLICIES[name] = policy
+        return policy
+
+    return add
+
+
+def names() -> tuple[str, ...]:
+    """The policies there are."""
+    return tuple(sorted(_POLICIES))
+
+
+def find(name: str) -> Policy:
+    """A policy by name.
+
+    Raises:
+        UsageError: no such policy; names the nearest.
+    """
+    if name not in _POLICIES:
+        raise unknown_name("policy", name, _POLICIES)
+    return _POLICIES[name]
+
+
+def decide(name: str, trace: Trace, hardware: Hardware, options: Options | None = None) -> Plan:
+    """The plan of a policy, checked.
+
+    Raises:
+        UsageError: no such policy, or an option that cannot be.
+    """
+    policy = find(name)
+    options = options or Options()
+    options.check()
+    plan = policy(trace, hardware, options)
+    plan.check()
+    return plan

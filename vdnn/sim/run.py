@@ -1,0 +1,106 @@
+"""One step on the streams: the host issues, compute runs in order, copies run beside it.
+
+    for each instruction in program order:
+        op      the host needs launch_ns; compute starts it when it is free and the host has issued it
+        OUT     submit the copy out, to start after what compute has done so far
+        RELEASE compute waits for the copy out
+        FETCH   submit the copy back, to start after what compute has done so far and after its copy out
+        WAIT    compute waits for the copy back
+
+The host never waits for the device. What compute waits for copies is a stall; what it waits for the host is
+launch-bound time, which is counted apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vdnn.liveness import Move
+from vdnn.sim.copies import BACK, OUT_WAY, CopyStreams
+from vdnn.sim.program import ARRIVE, FETCH, OUT, RELEASE, actions
+from vdnn.sim.recorder import Cause, Recorder
+from vdnn.values.hardware import Hardware
+from vdnn.values.trace import Trace
+
+__all__ = ["Run", "run"]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Times of one step, in ns. `events` counts what was simulated: ops, actions, and entries of the copies' heap."""
+
+    forward_ns: int
+    backward_ns: int
+    total_ns: int
+    stall_ns: int
+    launch_idle_ns: int
+    events: int
+
+
+def run(
+    trace: Trace, moves: Sequence[Move], op_ns: Sequence[int], hardware: Hardware, recorder: Recorder | None = None
+) -> Run:
+    """Simulate one step; a recorder hears of every span, stall and memory event."""
+    launch = hardware.launch_ns
+    copies = CopyStreams(hardware, 2 * len(moves))  # copy 2·i takes move i out, 2·i + 1 brings it back
+    program = actions(moves)
+    marks = {trace.forward_end: 0, trace.backward_end: 0}
+    host = now = stalled = idle = here = 0
+    if recorder is not None:
+        recorder.reach(0, 0)
+    stops = sorted([(action[0], 1, i) for i, action in enumerate(program)] + [(p, 0, -1) for p in (*marks, len(op_ns))])
+    for position, _, number in stops:
+        if recorder is not None:
+            for op in range(here, position):
+                begin, host = now, host + launch
+                now = max(now, host) if op_ns[op] else now
+                idle += now - begin
+                recorder.op(op, host - launch, host, begin, now, now + op_ns[op])
+                now += op_ns[op]
+        else:
+            for duration in op_ns[here:position]:
+                host += launch
+                if duration:
+                    if host > now:
+                        idle += host - now
+                        now = host
+                    now += duration
+        here = position
+        if number < 0:
+            if position in marks:
+                marks[position] = now
+            continue
+        _, _, _, _, index, kind = program[number]
+        move = moves[index]
+        copy = 2 * index
+        if kind == OUT:
+            host += launch
+            copies.submit(copy, OUT_WAY, move.nbytes, max(now, host))
+        elif kind == FETCH:
+            host += launch
+            copies.submit(copy + 1, BACK, move.nbytes, max(now, host), copy)
+        else:
+            end = copies.end_of(copy if kind == RELEASE else copy + 1)
+            if end > now:
+                waiting = min(max(now, host), end)  # until the host asks for the wait, it is the host that is late
+                idle += waiting - now
+                stalled += end - waiting
+                if recorder is not None:
+                    recorder.wait(index, _cause(kind, move), now, waiting, end)
+                now = end
+        if recorder is not None:
+            recorder.action(index, kind, position, now)
+    total = max(now, host, copies.drain())
+    if recorder is not None:
+        recorder.copies(copies)
+    forward, both = marks[trace.forward_end], marks[trace.backward_end]
+    return Run(forward, both - forward, total, stalled, idle, len(op_ns) + len(program) + copies.events)
+
+
+def _cause(kind: int, move: Move) -> Cause:
+    if kind == RELEASE:
+        return "release"
+    if kind == ARRIVE:
+        return "layer"
+    return "fetch" if move.on_demand else "prefetch"
