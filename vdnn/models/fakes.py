@@ -51,13 +51,19 @@ def _careful(initialise: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _RealNumbers(TorchFunctionMode):
-    """Lets functions run for real that make or read tensors with an explicit device="cpu"."""
+    """Lets functions run for real that make or read tensors with an explicit device="cpu", or are in `makers`."""
+
+    def __init__(self, makers: tuple[Callable[..., Any], ...]) -> None:
+        super().__init__()
+        self.makers = makers
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         fakes = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
         named = kwargs.get("device")
+        if func in self.makers and named is None:
+            kwargs, named = {**kwargs, "device": "cpu"}, "cpu"
         makes = not tensors and named is not None and torch.device(named).type == "cpu"
         if makes or (tensors and not fakes):
             with unset_fake_temporarily():
@@ -76,8 +82,8 @@ def _faked(tensor: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def cpu_numbers_are_real() -> Iterator[Callable[[nn.Module], nn.Module]]:
-    """While a model is built on fakes, explicit CPU tensors are real.
+def cpu_numbers_are_real(*makers: Callable[..., Any]) -> Iterator[Callable[[nn.Module], nn.Module]]:
+    """While a model is built on fakes, explicit CPU tensors are real, and those that `makers` make without a device.
 
     The function that it gives turns the buffers of the finished model into fakes, those made from real ones too.
     """
@@ -92,5 +98,5 @@ def cpu_numbers_are_real() -> Iterator[Callable[[nn.Module], nn.Module]]:
                     module._buffers[name] = _faked(buffer)
         return model
 
-    with _RealNumbers():
+    with _RealNumbers(makers):
         yield finished

@@ -48,6 +48,9 @@ class FeatureClassifier(nn.Module):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
+        last = classifier[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.normal_(last.weight, std=0.01)  # every class equally likely at first
 
     def forward(self, images: Tensor) -> Tensor:
         logits = self.classifier(self.features(images).flatten(1))

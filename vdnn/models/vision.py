@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from vdnn.errors import UsageError, unknown_name
@@ -88,9 +89,10 @@ def torchvision_work(model: str, batch: int, given: Mapping[str, object]) -> Wor
             arguments = {"image_size": size}
         elif model.startswith("maxvit"):
             arguments = {"input_size": (size, size)}
-        made = models.get_model(model, weights=None, **arguments)
-        assert isinstance(made, nn.Module)
-        return made
+        # RegNet computes its widths and depths with tensors and reads them back
+        makers = (torch.arange, torch.tensor) if model.startswith("regnet_") else ()
+        with cpu_numbers_are_real(*makers) as finished:
+            return finished(models.get_model(model, weights=None, **arguments))
 
     return classifier(name, batch, identity(values), (3, size, size), make)
 
