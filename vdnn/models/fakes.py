@@ -62,7 +62,7 @@ class _RealNumbers(TorchFunctionMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         fakes = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
         named = kwargs.get("device")
-        if func in self.makers and named is None:
+        if func in self.makers and "device" not in kwargs:  # modules pass one, even if None, for their buffers
             kwargs, named = {**kwargs, "device": "cpu"}, "cpu"
         makes = not tensors and named is not None and torch.device(named).type == "cpu"
         if makes or (tensors and not fakes):
