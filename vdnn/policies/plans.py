@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from vdnn.liveness import Points, extent
+from vdnn.moments import Points, extent
 from vdnn.policies.options import Options
 from vdnn.values.plan import Entry, Keep, Offload, Plan
 from vdnn.values.trace import Trace

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
-from vdnn.liveness import Move, Points
+from vdnn.moments import Move, Points
 from vdnn.sim.copies import CopyStreams
 from vdnn.sim.program import FETCH, OUT, RELEASE
 from vdnn.values.timeline import STREAMS, MemoryEvent, Span, Stall, Timeline

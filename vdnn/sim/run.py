@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vdnn.liveness import Move
+from vdnn.moments import Move
 from vdnn.sim.copies import BACK, OUT_WAY, CopyStreams
 from vdnn.sim.program import ARRIVE, FETCH, OUT, RELEASE, actions
 from vdnn.sim.recorder import Cause, Recorder

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from vdnn.costs import op_times
 from vdnn.errors import UsageError
-from vdnn.liveness import host_bytes, op_text, peak, resolve
+from vdnn.liveness import host_bytes, op_text, peak
+from vdnn.moments import resolve
 from vdnn.sim.recorder import Recorder
 from vdnn.sim.run import run
 from vdnn.units import format_bytes, format_ns
