@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from vdnn.engine.device import Event, HostBlock
 from vdnn.errors import UsageError
+from vdnn.ledger import mark_as_host
 from vdnn.units import format_bytes
 
 __all__ = ["HostPool"]
@@ -107,6 +108,7 @@ class HostPool:
     def _new(self, size: int) -> HostBlock:
         with _disable_current_modes():  # host memory is not the device's: no account may see it
             data = torch.empty(size, dtype=torch.uint8)
+        mark_as_host(data)
         pin = self._pin(data) if self._pin is not None else None
         if self._pin is not None and pin is None:
             self._warn("host memory could not be pinned: pageable memory is used, and copies will not overlap")
