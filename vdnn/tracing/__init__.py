@@ -1,1 +1,5 @@
+"""Capture: the training step that a GPU would run, without a GPU."""
 
+from vdnn.tracing.step import OPTIMIZERS, PRECISIONS, capture_model, capture_work
+
+__all__ = ["OPTIMIZERS", "PRECISIONS", "capture_model", "capture_work"]

@@ -1,0 +1,190 @@
+"""Capture: the same packs as a real run, the same ops as the real engine, lifetimes counted by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import vdnn.models
+from vdnn.errors import CaptureError, UsageError
+from vdnn.tracing import capture_model, capture_work
+from vdnn.values import Trace
+
+QUICK = [
+    ("torchvision:resnet18", {"image_size": 64}),
+    ("torchvision:squeezenet1_1", {"image_size": 64}),
+    ("torchvision:mobilenet_v3_small", {"image_size": 64}),
+    ("demo:cnn", {}),
+    ("demo:transformer", {}),
+]
+LONG = [
+    (f"torchvision:{name}", {"image_size": size})
+    for name, size in [
+        ("alexnet", 64), ("densenet121", 64), ("efficientnet_b0", 64), ("googlenet", 96), ("inception_v3", 128),
+        ("mnasnet0_5", 64), ("mobilenet_v2", 64), ("regnet_x_400mf", 64), ("regnet_y_400mf", 64), ("resnet50", 64),
+        ("resnext50_32x4d", 64), ("shufflenet_v2_x0_5", 64), ("squeezenet1_0", 64), ("swin_t", 64), ("vgg11", 64),
+        ("vgg11_bn", 64), ("vit_b_16", 64), ("wide_resnet50_2", 64), ("convnext_tiny", 64), ("resnet34", 64),
+        ("densenet161", 64), ("efficientnet_v2_s", 64),
+    ]
+]  # fmt: skip
+MODELS = [pytest.param(*m, id=m[0]) for m in QUICK] + [pytest.param(*m, id=m[0], marks=pytest.mark.slow) for m in LONG]
+
+
+@pytest.mark.parametrize(("name", "options"), MODELS)
+def test_packs_on_the_cpu_equal_those_of_a_real_run(name: str, options: dict[str, object]) -> None:
+    work = vdnn.models.load(name, batch=2, **options)
+    trace = capture_work(work, device="cpu")
+    seen: list[tuple[object, ...]] = []
+    storages: dict[int, int] = {}
+    keep = []
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        keep.append(t)  # so that no address is used twice
+        number = storages.setdefault(t.untyped_storage()._cdata, len(storages))
+        dtype = str(t.dtype).removeprefix("torch.")
+        seen.append((number, dtype, tuple(t.shape), t.stride(), t.storage_offset(), t.untyped_storage().nbytes()))
+        return t
+
+    torch.manual_seed(0)
+    model = work.build()
+    args, kwargs = work.inputs("cpu")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        work.loss(model(*args, **kwargs), work.targets("cpu"))
+    numbers: dict[int, int] = {}
+    captured = [
+        (
+            numbers.setdefault(t.storage, len(numbers)),
+            t.dtype,
+            t.shape,
+            t.stride,
+            t.offset,
+            trace.storages[t.storage].nbytes,
+        )
+        for t in trace.saved
+    ]
+    assert captured == seen
+
+
+class _Names(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace != "prim" and "detach" not in str(func):
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("name", "options"), MODELS)
+def test_the_walk_runs_the_ops_of_the_real_engine_in_its_order(name: str, options: dict[str, object]) -> None:
+    work = vdnn.models.load(name, batch=2, **options)
+    trace = capture_work(work, device="cpu")
+    ours = [op.name for op in trace.ops if op.phase == "backward" and "detach" not in op.name]
+    with FakeTensorMode():
+        model = work.build()
+        args, kwargs = work.inputs("cpu")
+        loss = work.loss(model(*args, **kwargs), work.targets("cpu"))
+        with _Names() as engine:
+            loss.backward()
+    assert ours == engine.names
+
+
+def live(trace: Trace) -> np.ndarray:
+    steps = np.zeros(len(trace.ops) + 1, dtype=np.int64)
+    for s in trace.storages:
+        steps[max(s.alloc, 0)] += s.nbytes
+        steps[s.free] -= s.nbytes
+    return np.cumsum(steps)[:-1]
+
+
+def test_lifetimes_of_a_tiny_network_are_those_counted_by_hand() -> None:
+    """Linear(4, 8), ReLU, Linear(8, 2) on 16 rows: ReLU's output is saved twice, by ReLU and by the second Linear."""
+    trace = capture_model(
+        nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), (torch.randn(16, 4),), device="cpu"
+    )
+    hidden = 16 * 8 * 4
+    (relu,) = {t.storage for t in trace.saved if trace.storages[t.storage].category == "activation"}
+    s = trace.storages[relu]
+    assert s.nbytes == hidden
+    assert s.alloc < s.release <= trace.forward_end <= s.need < s.free < len(trace.ops)
+    assert [trace.modules[t.module].fqn for t in trace.saved if t.storage == relu] == ["1", "2"]
+    assert sum(s.nbytes for s in trace.storages if s.category == "parameter") == (4 * 8 + 8 + 8 * 2 + 2) * 4
+    assert {s.held for s in trace.storages if s.category == "input"} == {"input"}
+
+
+def test_flops_of_convolutions_are_those_of_the_formula() -> None:
+    for conv, size in (
+        (nn.Conv2d(8, 16, 3, padding=1), (8, 10, 10)),
+        (nn.Conv2d(8, 16, 3, padding=1, groups=4), (8, 10, 10)),
+        (nn.Conv2d(8, 8, 3, stride=2, groups=8), (8, 11, 11)),
+        (nn.Conv1d(4, 6, 5), (4, 20)),
+        (nn.Conv3d(2, 4, 3), (2, 6, 6, 6)),
+    ):
+        x = torch.randn(2, *size, requires_grad=True)
+        out = conv(x)
+        forward = 2 * out.numel() * conv.in_channels // conv.groups * conv.weight[0, 0].numel()
+        trace = capture_model(conv, (x,), device="cpu")
+        found = {phase: sum(op.flops for op in trace.ops if op.phase == phase and op.kernel == "conv")
+                 for phase in ("forward", "backward")}  # fmt: skip
+        assert found == {"forward": forward, "backward": 2 * forward}
+
+
+def test_a_transposed_convolution_counts_its_inputs() -> None:
+    conv = nn.ConvTranspose2d(8, 4, 4, stride=2)
+    trace = capture_model(conv, (torch.randn(2, 8, 5, 5),), device="cpu")
+    forward = next(op for op in trace.ops if op.kernel == "conv")
+    assert forward.flops == 2 * (2 * 8 * 5 * 5) * 4 * 16
+
+
+def test_flops_of_matrix_products() -> None:
+    trace = capture_model(nn.Linear(32, 8), (torch.randn(4, 32),), device="cpu")
+    assert [op.flops for op in trace.ops if op.kernel == "matmul"] == [2 * 4 * 32 * 8] * 2  # no gradient of the input
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="a CPU-only torch cannot hold fake CUDA tensors")
+def test_on_cuda_autograd_saves_what_a_gpu_saves() -> None:
+    work = vdnn.models.load("torchvision:resnet18", batch=2, image_size=64)
+    cuda, cpu = capture_work(work), capture_work(work, device="cpu")
+    assert len(cuda.saved) - len(cpu.saved) == 20  # cuDNN's batch norm has its reserve
+    assert any("cudnn_batch_norm" in op.name for op in cuda.ops)
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="a CPU-only torch cannot hold fake CUDA tensors")
+def test_autocast_copies_of_weights_are_recognisable() -> None:
+    trace = capture_work(vdnn.models.load("demo:transformer", batch=2), precision="amp")
+    casts = [s.name for s in trace.storages if s.name.startswith("cast of ")]
+    assert casts
+    assert any("flash" in op.name for op in trace.ops if op.kernel == "attention")
+
+
+@pytest.mark.parametrize(("optimizer", "states"), [("none", 0), ("sgd", 1), ("adamw", 2)])
+def test_the_reported_step_is_the_second_with_the_optimizers_states(optimizer: str, states: int) -> None:
+    model = nn.Linear(64, 64)
+    trace = capture_model(model, (torch.randn(4, 64),), device="cpu", optimizer=optimizer)
+    weights = sum(p.numel() * 4 for p in model.parameters())
+    counters = 2 * 4 if optimizer == "adamw" else 0
+    found = [s for s in trace.storages if s.category == "optimizer_state"]
+    assert sum(s.nbytes for s in found) == states * weights + counters
+    assert all(s.alloc == -1 and s.free == len(trace.ops) for s in found)
+    assert model.weight.grad is None
+
+
+def test_a_model_that_asks_for_a_value_is_named_with_its_module() -> None:
+    class Asks(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2 if x.sum().item() > 0 else x
+
+    model = nn.Sequential(nn.Linear(4, 4), Asks())
+    with pytest.raises(CaptureError, match=r"module 1 \(Asks\) asks for the value of a tensor"):
+        capture_model(model, (torch.randn(2, 4),), device="cpu")
+
+
+@pytest.mark.parametrize("wrong", [{"precision": "fp31"}, {"optimizer": "sdg"}, {"device": "cud"}])
+def test_a_wrong_option_is_refused_with_the_nearest(wrong: dict[str, str]) -> None:
+    with pytest.raises(UsageError, match="did you mean"):
+        capture_model(nn.Linear(2, 2), (torch.randn(1, 2),), **wrong)
