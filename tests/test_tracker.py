@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from vdnn.engine import Rule, offloading
 from vdnn.engine.hostpool import HostPool
 from vdnn.engine.virtual import VirtualDevice
 from vdnn.errors import UsageError
@@ -174,6 +175,62 @@ def test_the_tracker_and_the_account_of_the_virtual_device_agree(name: str) -> N
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
         assert memory.peak_bytes == device.peak_bytes
+
+
+def test_the_two_accounts_agree_when_feature_maps_are_offloaded() -> None:
+    torch.manual_seed(0)
+    model = convnet()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    x, y = torch.randn(16, 3, 32, 32), torch.randint(10, (16,))
+    peaks = []
+    for offload in (False, True):
+        device = VirtualDevice()
+        rule = Rule(offload=offload, min_bytes=1024, max_inflight_bytes=0, ahead_bytes=0)
+        with device, track(model, optimizer) as memory:
+            for _ in range(2):
+                memory.reset_peak()
+                device.account.reset_peak()
+                optimizer.zero_grad()
+                with offloading(device, rule):
+                    loss = nn.functional.cross_entropy(model(x), y)
+                loss.backward()
+                optimizer.step()
+                assert memory.live_bytes == device.account.live_bytes()
+        assert memory.peak_bytes == device.peak_bytes
+        peaks.append(memory.peak_bytes)
+    assert peaks[1] < peaks[0]
+
+
+def test_an_optimizer_step_that_fails_does_not_stay_open() -> None:
+    class Broken(torch.optim.SGD):
+        def step(self, closure: object = None) -> None:
+            raise ArithmeticError
+
+    model = perceptron()
+    x = torch.randn(5, 3)
+    with track(model) as memory:
+        with pytest.raises(ArithmeticError):
+            Broken(model.parameters(), lr=0.1).step()
+        model(x).sum().backward()
+        assert memory.result().peak_at.startswith("backward of 1")
+
+
+def test_a_closure_inside_the_optimizer_step_is_forward_and_backward() -> None:
+    model = perceptron()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    x = torch.randn(5, 3)
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = model(x).sum()
+        loss.backward()
+        return loss.item()
+
+    with track(model, optimizer) as memory:
+        optimizer.step(closure)
+        assert memory.result().peak_at.startswith("backward of 1")
+        live = memory.live_by_category()
+    assert (live["gradient"], live["optimizer_state"]) == (104, 104)
 
 
 def test_numbers_are_the_same_with_and_without() -> None:
