@@ -510,7 +510,7 @@ def _assembled(
         device=device,
         channels_last=channels_last,
         options=options,
-        torch=torch.__version__,
+        torch=str(torch.__version__),
         corrections=tuple(corrections),
         modules=modules,
         storages=tuple(storages),
