@@ -1,22 +1,23 @@
 """When each storage occupies the device, without a plan and under one: memory from program order alone.
 
     moves = resolve(plan, trace)            vdnn.moments: what goes out and comes back, and when
-    requested(trace, moves)                 bytes live during each op (numpy, exact)
+    requested(trace, moves)                 bytes live during each op (exact)
     peak(trace, moves)                      the largest, the op it falls on, and what fills it
 
 A storage that is offloaded occupies the device in [alloc, r) and [f, free), where r is the later of its
 release point and the position at which the forward itself lets go of it, and f the position at which its
 copy back starts. The copy back always gets a buffer of its own, so a storage that somebody else holds until
 backward (`Storage.held`) costs *more* memory when it is offloaded: no policy may do that.
+
+Plain lists, on purpose: the numbers are too few for numpy to be faster (reading them out of a trace is what
+takes the time), and importing it would double the start of every command.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
-import numpy.typing as npt
+from itertools import accumulate
 
 from vdnn.moments import MOVABLE, Move
 from vdnn.values.result import PeakItem
@@ -24,7 +25,8 @@ from vdnn.values.trace import Trace
 
 __all__ = ["Peak", "host_bytes", "largest_working_set", "least_peak", "op_text", "peak", "requested", "reuse_distances"]
 
-Array = npt.NDArray[np.int64]
+# start, end, bytes, storage: occupies the device from position start up to position end
+_Stay = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,48 +41,30 @@ class Peak:
 # -- memory --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Occupancy:
-    """Everything that occupies the device, from `starts` up to `ends`: storages first, then fetched buffers."""
-
-    starts: Array
-    ends: Array
-    nbytes: Array
-    storages: list[int]
-
-
-def _occupancy(trace: Trace, moves: Sequence[Move]) -> _Occupancy:
-    starts = [s.alloc if s.alloc > 0 else 0 for s in trace.storages]
-    ends = [s.free for s in trace.storages]
-    nbytes = [s.nbytes for s in trace.storages]
-    storages = list(range(len(starts)))
+def _stays(trace: Trace, moves: Sequence[Move]) -> list[_Stay]:
+    """Every storage's stay, then those of the fetched buffers."""
+    stays = [(s.alloc if s.alloc > 0 else 0, s.free, s.nbytes, i) for i, s in enumerate(trace.storages)]
     for move in moves:
         s = trace.storages[move.storage]
-        ends[move.storage] = min(max(move.release[0], s.release), s.free)
+        gone = min(max(move.release[0], s.release), s.free)
+        stays[move.storage] = (max(s.alloc, 0), gone, s.nbytes, move.storage)
         if move.fetch is not None and move.fetch[0] < s.free:
-            starts.append(move.fetch[0])
-            ends.append(s.free)
-            nbytes.append(move.nbytes)
-            storages.append(move.storage)
-    columns = [np.array(column, dtype=np.int64) for column in (starts, ends, nbytes)]
-    return _Occupancy(columns[0], columns[1], columns[2], storages)
+            stays.append((move.fetch[0], s.free, move.nbytes, move.storage))
+    return stays
 
 
-def _live(trace: Trace, held: _Occupancy) -> Array:
-    live = _sum_live(held.starts, held.ends, held.nbytes, len(trace.ops))
-    return live + np.array([op.workspace_bytes for op in trace.ops], dtype=np.int64)
+def _live(trace: Trace, stays: Sequence[_Stay]) -> list[int]:
+    change = [0] * (len(trace.ops) + 1)
+    for start, end, nbytes, _ in stays:
+        if start < end:
+            change[start] += nbytes
+            change[end] -= nbytes
+    return [held + op.workspace_bytes for held, op in zip(accumulate(change), trace.ops, strict=False)]
 
 
-def _sum_live(starts: Array, ends: Array, nbytes: Array, n: int) -> Array:
-    change = np.zeros(n + 1, dtype=np.int64)
-    np.add.at(change, starts, nbytes)
-    np.subtract.at(change, np.maximum(ends, starts), nbytes)
-    return np.cumsum(change)[:n]
-
-
-def requested(trace: Trace, moves: Sequence[Move] = ()) -> Array:
+def requested(trace: Trace, moves: Sequence[Move] = ()) -> list[int]:
     """Bytes live during each op: storages, fetched buffers, and the op's own workspace."""
-    return _live(trace, _occupancy(trace, moves))
+    return _live(trace, _stays(trace, moves))
 
 
 def op_text(trace: Trace, op: int) -> str:
@@ -97,30 +81,32 @@ def peak(trace: Trace, moves: Sequence[Move] = ()) -> Peak:
     """
     if not trace.ops:
         return Peak(0, -1, ())
-    held = _occupancy(trace, moves)
-    live = _live(trace, held)
-    op = int(np.argmax(live))
+    stays = _stays(trace, moves)
+    live = _live(trace, stays)
+    most = max(live)
+    op = live.index(most)
     parts: dict[tuple[str, str], int] = {}
-    for row in np.flatnonzero((held.starts <= op) & (op < held.ends)):
-        s = trace.storages[held.storages[row]]
-        module = trace.module_name(trace.ops[s.alloc].module) if s.alloc >= 0 else ""
-        parts[s.category, module] = parts.get((s.category, module), 0) + int(held.nbytes[row])
+    for start, end, nbytes, storage in stays:
+        if start <= op < end:
+            s = trace.storages[storage]
+            module = trace.module_name(trace.ops[s.alloc].module) if s.alloc >= 0 else ""
+            parts[s.category, module] = parts.get((s.category, module), 0) + nbytes
     workspace = trace.ops[op].workspace_bytes
     if workspace:
         key = ("temporary", trace.module_name(trace.ops[op].module))
         parts[key] = parts.get(key, 0) + workspace
     items = [PeakItem(category, module, size) for (category, module), size in parts.items() if size]
     items.sort(key=lambda item: (-item.nbytes, item.category, item.module))
-    return Peak(int(live[op]), op, tuple(items))
+    return Peak(most, op, tuple(items))
 
 
-def host_bytes(trace: Trace, moves: Sequence[Move]) -> Array:
+def host_bytes(trace: Trace, moves: Sequence[Move]) -> list[int]:
     """Pinned bytes at each position: a host buffer lives from the pack until autograd lets go of the tensor."""
-    change = np.zeros(len(trace.ops) + 2, dtype=np.int64)
+    change = [0] * (len(trace.ops) + 2)
     for move in moves:
         change[move.out[0]] += move.nbytes
         change[max(trace.storages[move.storage].free, move.out[0] + 1)] -= move.nbytes
-    return np.cumsum(change)[:-1]
+    return list(accumulate(change[:-1]))
 
 
 # -- analysis ------------------------------------------------------------------------------------
@@ -134,18 +120,14 @@ def least_peak(trace: Trace) -> int:
     first: dict[int, int] = {}
     for t in trace.saved:
         first[t.storage] = min(first.get(t.storage, t.packed_at), t.packed_at)
-    starts, ends, nbytes = [], [], []
+    stays = []
     for i, s in enumerate(trace.storages):
         gone = max(s.release, first[i]) if i in first else s.free
         back = s.need if s.need >= 0 else s.free
         away = s.category in MOVABLE and i in first and not s.held and gone < back
         for begin, end in [(s.alloc, gone), (back, s.free)] if away else [(s.alloc, s.free)]:
-            starts.append(max(begin, 0))
-            ends.append(max(end, begin, 0))
-            nbytes.append(s.nbytes)
-    columns = np.array([starts, ends, nbytes], dtype=np.int64).reshape(3, -1)
-    live = _live(trace, _Occupancy(columns[0], columns[1], columns[2], []))
-    return int(live.max(initial=0))
+            stays.append((max(begin, 0), end, s.nbytes, i))
+    return max(_live(trace, stays), default=0)
 
 
 def largest_working_set(trace: Trace) -> int:
@@ -158,10 +140,8 @@ def largest_working_set(trace: Trace) -> int:
 
 def reuse_distances(trace: Trace, op_ns: Sequence[int]) -> list[int]:
     """For each storage, the time from its last pack until backward needs it (paper, Fig. 6); -1 if it never does."""
-    clock = np.concatenate(([0], np.cumsum(np.asarray(op_ns, dtype=np.int64))))
+    clock = list(accumulate(op_ns, initial=0))
     last: dict[int, int] = {}
     for t in trace.saved:
         last[t.storage] = max(last.get(t.storage, 0), t.packed_at)
-    return [
-        int(clock[s.need] - clock[last[i]]) if i in last and s.need >= 0 else -1 for i, s in enumerate(trace.storages)
-    ]
+    return [clock[s.need] - clock[last[i]] if i in last and s.need >= 0 else -1 for i, s in enumerate(trace.storages)]

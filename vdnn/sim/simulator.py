@@ -66,7 +66,7 @@ def simulate_step(
         stall_ns=times.stall_ns,
         offloaded_bytes=sum(move.nbytes for move in moves),
         prefetched_bytes=sum(move.nbytes for move in moves if move.fetch is not None),
-        host_peak_bytes=int(host_bytes(trace, moves).max(initial=0)),
+        host_peak_bytes=max(host_bytes(trace, moves), default=0),
         fits=fits,
         peak_at=op_text(trace, most.op),
         peak_items=most.items,
