@@ -14,13 +14,10 @@ sees when backward lets go of it.
 from __future__ import annotations
 
 import contextlib
-import copy
-import importlib
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
@@ -33,6 +30,13 @@ from vdnn.models import Work
 from vdnn.tracing.attention import HardwareAttention
 from vdnn.tracing.layers import layer_kind
 from vdnn.tracing.recorder import Recorder
+from vdnn.tracing.stage import (
+    autocast_as_on_cuda,
+    faked,
+    lowered_to_bfloat16,
+    make_optimizer,
+    outside_the_engine,
+)
 from vdnn.tracing.walk import walk
 from vdnn.values import ModuleCall, SavedTensor, Storage, Trace
 
@@ -211,64 +215,6 @@ class _Capture:
         rec.module = -1
 
 
-@contextlib.contextmanager
-def _autocast(device: str, dtype: torch.dtype | None) -> Iterator[None]:
-    """`torch.autocast`, which refuses "cuda" on a machine without one."""
-    if dtype is None:
-        yield
-        return
-    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    torch.set_autocast_enabled(device, True)
-    torch.set_autocast_dtype(device, dtype)
-    torch.autocast_increment_nesting()
-    try:
-        yield
-    finally:
-        if torch.autocast_decrement_nesting() == 0:
-            torch.clear_autocast_cache()
-        torch.set_autocast_enabled(device, before[0])
-        torch.set_autocast_dtype(device, before[1])
-
-
-@contextlib.contextmanager
-def _outside_the_engine() -> Iterator[None]:
-    """What library code asks for during a backward that is not the engine's.
-
-    Non-reentrant checkpointing recomputes once for a graph task; optimizers read their step counter.
-    """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(torch._C, "_current_graph_task_id", return_value=1))
-        adam = importlib.import_module("torch.optim.adam")  # torch.optim hides the submodule
-        stack.enter_context(mock.patch.object(adam, "_get_value", return_value=2.0))
-        yield
-
-
-def _optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer | None:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if name == "sgd":
-        return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, foreach=True)
-    if name == "adamw":
-        return torch.optim.AdamW(parameters, foreach=True)
-    return None
-
-
-def _faked(mode: FakeTensorMode, device: str, what: Any) -> Any:
-    """The same structure with fake tensors on `device`; the real ones are not touched."""
-
-    def fake(tensor: torch.Tensor, needs_grad: bool) -> torch.Tensor:
-        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-        return made.requires_grad_(needs_grad)
-
-    if isinstance(what, nn.Module):
-        memo: dict[int, Any] = {}
-        for parameter in what.parameters():
-            memo[id(parameter)] = nn.Parameter(fake(parameter, False), requires_grad=parameter.requires_grad)
-        for buffer in what.buffers():
-            memo[id(buffer)] = fake(buffer, False)
-        return copy.deepcopy(what, memo)
-    return tree_map_only(torch.Tensor, lambda t: fake(t, t.requires_grad), what)
-
-
 def capture_model(
     model: nn.Module | Callable[[], nn.Module],
     args: tuple[Any, ...] | Callable[[str], tuple[tuple[Any, ...], dict[str, Any]]] = (),
@@ -312,7 +258,7 @@ def capture_model(
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
         try:
             if isinstance(model, nn.Module):
-                fake = _faked(mode, device, model)
+                fake = faked(mode, device, model)
                 built = type(model).__name__
             else:
                 with torch.device(device):
@@ -322,13 +268,13 @@ def capture_model(
                 with torch.device(device):
                     given = args(device)
             else:
-                given = _faked(mode, device, (tuple(args), dict(kwargs or {})))
+                given = faked(mode, device, (tuple(args), dict(kwargs or {})))
         except VdnnError:
             raise
         except Exception as error:
             raise CaptureError(f"{name or 'the model'} cannot be built on fake tensors: {_short(error)}") from error
         if precision == "bf16":
-            fake, given = _lowered(fake, given)
+            fake, given = lowered_to_bfloat16(fake, given)
         if channels_last:
             fake = fake.to(memory_format=torch.channels_last)
             given = tree_map_only(
@@ -343,18 +289,6 @@ def capture_model(
         return _assembled(
             capture, name or built, batch, precision, optimizer, device, channels_last, options, corrections
         )
-
-
-def _lowered(model: nn.Module, given: Any) -> tuple[nn.Module, Any]:
-    for module in model.modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_floating_point():
-                lowered = nn.Parameter(parameter.detach().to(torch.bfloat16), requires_grad=parameter.requires_grad)
-                module._parameters[key] = lowered
-        for key, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_floating_point():
-                module._buffers[key] = buffer.to(torch.bfloat16)
-    return model, tree_map_only(torch.Tensor, lambda t: t.to(torch.bfloat16) if t.is_floating_point() else t, given)
 
 
 def _short(error: Exception) -> str:
@@ -379,9 +313,9 @@ def _run(
         if isinstance(tensor, torch.Tensor) and tensor.device.type == capture.device:
             store = rec.stores[rec.store_of(tensor)]
             store.category, store.held = "input", "input"
-    steps = _optimizer(optimizer, model)
+    steps = make_optimizer(optimizer, model)
     try:
-        with _outside_the_engine():
+        with outside_the_engine():
             if steps is not None:
                 _first_step(steps, rec, capture.device)
             calls = ModuleCalls(model, capture.begin, capture.end)
@@ -408,7 +342,7 @@ def _forward_backward(capture: _Capture, given: Any, loss: Callable[[Any], torch
     args, kwargs = given
     dtype = _AUTOCAST.get(precision)
     with (
-        _autocast(capture.device, dtype),
+        autocast_as_on_cuda(capture.device, dtype),
         torch.autograd.graph.saved_tensors_hooks(capture.pack, capture.unpack),
     ):
         output = capture.model(*args, **kwargs)
