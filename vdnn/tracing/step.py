@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from vdnn.calls import Frame, ModuleCalls
 from vdnn.errors import CaptureError, UsageError, VdnnError, unknown_name
 from vdnn.models import Work
+from vdnn.tracing.assembly import assembled
 from vdnn.tracing.attention import HardwareAttention
 from vdnn.tracing.layers import layer_kind
 from vdnn.tracing.recorder import Recorder
@@ -38,7 +39,7 @@ from vdnn.tracing.stage import (
     outside_the_engine,
 )
 from vdnn.tracing.walk import walk
-from vdnn.values import ModuleCall, SavedTensor, Storage, Trace
+from vdnn.values import Trace
 
 __all__ = ["OPTIMIZERS", "PRECISIONS", "capture_model", "capture_work", "summed_loss"]
 
@@ -286,7 +287,7 @@ def capture_model(
             corrections.append(
                 "attention kernel chosen as CUDA would: flash, or memory-efficient with a mask or in fp32"
             )
-        return _assembled(
+        return assembled(
             capture, name or built, batch, precision, optimizer, device, channels_last, options, corrections
         )
 
@@ -375,92 +376,6 @@ def _explained(capture: _Capture, error: Exception, name: str) -> CaptureError:
             "only; take that branch out of forward, or wrap the real model: it then plans from its first step"
         )
     return CaptureError(f"{name} cannot be captured: in {module}, after op {last}: {_short(error)}")
-
-
-def _assembled(
-    capture: _Capture,
-    name: str,
-    batch: int,
-    precision: str,
-    optimizer: str,
-    device: str,
-    channels_last: bool,
-    options: tuple[tuple[str, str], ...],
-    corrections: list[str],
-) -> Trace:
-    rec = capture.recorder
-    n = len(rec.ops)
-    forward_end = next((i for i, op in enumerate(rec.ops) if op.phase != "forward"), n)
-    for parameter in capture.model.parameters():
-        if parameter.grad is not None and parameter.grad.device.type == device:
-            rec.stores[rec.store_of(parameter.grad)].category = "gradient"
-    spans: dict[int, list[int]] = {}
-    for i, op in enumerate(rec.ops):
-        if op.phase == "backward":
-            module = op.module
-            while module >= 0:
-                span = spans.setdefault(module, [i, i + 1])
-                span[1] = i + 1
-                module = capture.calls[module][4]
-    for index, (begin, end) in spans.items():
-        capture.calls[index][7:9] = [begin, end]
-    first_use = _first_uses(rec)
-    storages = []
-    for number, store in enumerate(rec.stores):
-        died = n if store.dead is None else store.dead
-        free = max(died, store.free or 0)
-        if store.packed and store.need >= 0 and store.free is None and store.dead is not None:
-            free = max(free, n if store.restored is not None and store.restored() is not None else free)
-        alloc = store.alloc
-        category = store.category
-        if not category:
-            if alloc < 0:
-                category = "input"
-            elif store.packed or (alloc < forward_end < died):
-                category = "activation"
-            else:
-                category = "temporary"
-        if alloc >= 0 and number in first_use:
-            alloc = min(alloc, first_use[number])
-        storages.append(
-            Storage(
-                nbytes=store.nbytes,
-                category=category,  # type: ignore[arg-type]
-                name=store.name,
-                alloc=alloc,
-                release=died,
-                need=store.need,
-                free=max(free, alloc + 1),
-                held=store.held,
-            )
-        )
-    modules = tuple(ModuleCall(*row) for row in capture.calls)
-    saved = tuple(SavedTensor(*row[:3], *row[3], row[4], tuple(row[5]), row[6]) for row in capture.saved)  # type: ignore[call-arg]
-    trace = Trace(
-        model=name,
-        batch=batch,
-        precision=precision,
-        optimizer=optimizer,
-        device=device,
-        channels_last=channels_last,
-        options=options,
-        torch=str(torch.__version__),
-        corrections=tuple(corrections),
-        modules=modules,
-        storages=tuple(storages),
-        ops=tuple(rec.ops),
-        saved=saved,
-    )
-    trace.check()
-    return trace
-
-
-def _first_uses(rec: Recorder) -> dict[int, int]:
-    found: dict[int, int] = {}
-    for i, op in enumerate(rec.ops):
-        for number in op.reads + op.writes:
-            found.setdefault(number, i)
-    return found
 
 
 def capture_work(
