@@ -60,7 +60,7 @@ def assembled(
         storages.append(
             Storage(
                 nbytes=store.nbytes,
-                category=category,  # type: ignore[arg-type]
+                category=category,
                 name=store.name,
                 alloc=alloc,
                 release=died,

@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-__all__ = ["autocast_as_on_cuda", "faked", "lowered_to_bfloat16", "make_optimizer", "outside_the_engine"]
+__all__ = ["autocast_as_on_cuda", "faked", "lowered_to_bfloat16", "make_optimizer", "outside_the_engine", "short"]
 
 
 @contextlib.contextmanager
@@ -85,3 +85,8 @@ def lowered_to_bfloat16(model: nn.Module, given: Any) -> tuple[nn.Module, Any]:
             if buffer is not None and buffer.is_floating_point():
                 module._buffers[key] = buffer.to(torch.bfloat16)
     return model, tree_map_only(torch.Tensor, lambda t: t.to(torch.bfloat16) if t.is_floating_point() else t, given)
+
+
+def short(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]

@@ -32,6 +32,7 @@ from vdnn.tracing.attention import HardwareAttention
 from vdnn.tracing.layers import layer_kind
 from vdnn.tracing.recorder import Recorder
 from vdnn.tracing.stage import (
+    short,
     autocast_as_on_cuda,
     faked,
     lowered_to_bfloat16,
@@ -273,7 +274,7 @@ def capture_model(
         except VdnnError:
             raise
         except Exception as error:
-            raise CaptureError(f"{name or 'the model'} cannot be built on fake tensors: {_short(error)}") from error
+            raise CaptureError(f"{name or 'the model'} cannot be built on fake tensors: {short(error)}") from error
         if precision == "bf16":
             fake, given = lowered_to_bfloat16(fake, given)
         if channels_last:
@@ -290,10 +291,6 @@ def capture_model(
         return assembled(
             capture, name or built, batch, precision, optimizer, device, channels_last, options, corrections
         )
-
-
-def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
 
 
 def _run(
@@ -330,8 +327,7 @@ def _run(
                     if steps is not None:
                         rec.phase = "optimizer"
                         steps.step()
-                    # gradients go with zero_grad(set_to_none=True) at the end of the step
-            finally:
+                        finally:
                 calls.detach()
     except VdnnError:
         raise
@@ -375,7 +371,7 @@ def _explained(capture: _Capture, error: Exception, name: str) -> CaptureError:
             f"{name} cannot be captured: {module} asks for the value of a tensor ({error}), and a capture has shapes "
             "only; take that branch out of forward, or wrap the real model: it then plans from its first step"
         )
-    return CaptureError(f"{name} cannot be captured: in {module}, after op {last}: {_short(error)}")
+    return CaptureError(f"{name} cannot be captured: in {module}, after op {last}: {short(error)}")
 
 
 def capture_work(
