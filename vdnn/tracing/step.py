@@ -32,12 +32,12 @@ from vdnn.tracing.attention import HardwareAttention
 from vdnn.tracing.layers import layer_kind
 from vdnn.tracing.recorder import Recorder
 from vdnn.tracing.stage import (
-    short,
     autocast_as_on_cuda,
     faked,
     lowered_to_bfloat16,
     make_optimizer,
     outside_the_engine,
+    short,
 )
 from vdnn.tracing.walk import walk
 from vdnn.values import Trace
@@ -327,7 +327,7 @@ def _run(
                     if steps is not None:
                         rec.phase = "optimizer"
                         steps.step()
-                        finally:
+            finally:
                 calls.detach()
     except VdnnError:
         raise
