@@ -27,18 +27,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from vdnn.calls import Frame, ModuleCalls
 from vdnn.errors import CaptureError, UsageError, VdnnError, unknown_name
 from vdnn.models import Work
+from vdnn.tracing import stage
 from vdnn.tracing.assembly import assembled
 from vdnn.tracing.attention import HardwareAttention
 from vdnn.tracing.layers import layer_kind
 from vdnn.tracing.recorder import Recorder
-from vdnn.tracing.stage import (
-    autocast_as_on_cuda,
-    faked,
-    lowered_to_bfloat16,
-    make_optimizer,
-    outside_the_engine,
-    short,
-)
 from vdnn.tracing.walk import walk
 from vdnn.values import Trace
 
@@ -260,7 +253,7 @@ def capture_model(
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
         try:
             if isinstance(model, nn.Module):
-                fake = faked(mode, device, model)
+                fake = stage.faked(mode, device, model)
                 built = type(model).__name__
             else:
                 with torch.device(device):
@@ -270,13 +263,15 @@ def capture_model(
                 with torch.device(device):
                     given = args(device)
             else:
-                given = faked(mode, device, (tuple(args), dict(kwargs or {})))
+                given = stage.faked(mode, device, (tuple(args), dict(kwargs or {})))
         except VdnnError:
             raise
         except Exception as error:
-            raise CaptureError(f"{name or 'the model'} cannot be built on fake tensors: {short(error)}") from error
+            raise CaptureError(
+                f"{name or 'the model'} cannot be built on fake tensors: {stage.short(error)}"
+            ) from error
         if precision == "bf16":
-            fake, given = lowered_to_bfloat16(fake, given)
+            fake, given = stage.lowered_to_bfloat16(fake, given)
         if channels_last:
             fake = fake.to(memory_format=torch.channels_last)
             given = tree_map_only(
@@ -311,9 +306,9 @@ def _run(
         if isinstance(tensor, torch.Tensor) and tensor.device.type == capture.device:
             store = rec.stores[rec.store_of(tensor)]
             store.category, store.held = "input", "input"
-    steps = make_optimizer(optimizer, model)
+    steps = stage.make_optimizer(optimizer, model)
     try:
-        with outside_the_engine():
+        with stage.outside_the_engine():
             if steps is not None:
                 _first_step(steps, rec, capture.device)
             calls = ModuleCalls(model, capture.begin, capture.end)
@@ -339,7 +334,7 @@ def _forward_backward(capture: _Capture, given: Any, loss: Callable[[Any], torch
     args, kwargs = given
     dtype = _AUTOCAST.get(precision)
     with (
-        autocast_as_on_cuda(capture.device, dtype),
+        stage.autocast_as_on_cuda(capture.device, dtype),
         torch.autograd.graph.saved_tensors_hooks(capture.pack, capture.unpack),
     ):
         output = capture.model(*args, **kwargs)
@@ -371,7 +366,7 @@ def _explained(capture: _Capture, error: Exception, name: str) -> CaptureError:
             f"{name} cannot be captured: {module} asks for the value of a tensor ({error}), and a capture has shapes "
             "only; take that branch out of forward, or wrap the real model: it then plans from its first step"
         )
-    return CaptureError(f"{name} cannot be captured: in {module}, after op {last}: {short(error)}")
+    return CaptureError(f"{name} cannot be captured: in {module}, after op {last}: {stage.short(error)}")
 
 
 def capture_work(
