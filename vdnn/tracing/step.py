@@ -267,7 +267,8 @@ def capture_model(
         except VdnnError:
             raise
         except Exception as error:
-            raise CaptureError(
+            what = f"{name or 'the model'} cannot be built on fake tensors: {stage.short(error)}"
+            raise CaptureError(what) from error
                 f"{name or 'the model'} cannot be built on fake tensors: {stage.short(error)}"
             ) from error
         if precision == "bf16":
