@@ -269,8 +269,6 @@ def capture_model(
         except Exception as error:
             what = f"{name or 'the model'} cannot be built on fake tensors: {stage.short(error)}"
             raise CaptureError(what) from error
-                f"{name or 'the model'} cannot be built on fake tensors: {stage.short(error)}"
-            ) from error
         if precision == "bf16":
             fake, given = stage.lowered_to_bfloat16(fake, given)
         if channels_last:
