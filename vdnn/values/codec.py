@@ -14,6 +14,7 @@ import functools
 import gzip
 import hashlib
 import json
+import operator
 import types
 import typing
 import zlib
@@ -28,6 +29,7 @@ __all__ = ["decode", "dumps", "encode", "fingerprint", "kind_of", "load", "loads
 T = TypeVar("T")
 _KINDS: dict[str, tuple[type, int]] = {}
 _RECORDS: set[type] = set()
+_PLAIN = frozenset((int, str, float, bool, type(None)))
 
 
 def value(kind: str, version: int) -> Callable[[type[T]], type[T]]:
@@ -60,13 +62,15 @@ def kind_of(obj: object) -> str:
 def encode(obj: Any) -> Any:
     """Plain JSON data (dicts, lists, numbers, strings) of a value."""
     cls = type(obj)
-    if cls in (int, str, float, bool, type(None)):
+    if cls in _PLAIN:
         return obj
     if cls is tuple:
         if obj and type(obj[0]) in _RECORDS and all(type(item) is type(obj[0]) for item in obj):
             names = [field.name for field in dataclasses.fields(obj[0])]
-            return {"columns": names, "rows": [[encode(getattr(item, n)) for n in names] for item in obj]}
-        return [encode(item) for item in obj]
+            fields = operator.attrgetter(*names) if len(names) > 1 else lambda item: (getattr(item, names[0]),)
+            rows = [[v if type(v) in _PLAIN else encode(v) for v in fields(item)] for item in obj]
+            return {"columns": names, "rows": rows}
+        return [item if type(item) in _PLAIN else encode(item) for item in obj]
     if dataclasses.is_dataclass(obj):
         return {field.name: encode(getattr(obj, field.name)) for field in dataclasses.fields(obj)}
     raise TypeError(f"a value holds {cls.__name__}, which has no JSON form")
