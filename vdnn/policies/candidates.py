@@ -9,7 +9,7 @@ from vdnn.policies.options import Options
 from vdnn.units import format_bytes
 from vdnn.values.trace import SavedTensor, Storage, Trace
 
-__all__ = ["Saved", "survey"]
+__all__ = ["Saved", "inside", "survey"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,11 @@ class Saved:
     def movable(self) -> bool:
         """It may be offloaded."""
         return not self.why
+
+
+def inside(trace: Trace) -> list[int]:
+    """The saved tensors whose pack and unpack the engine can observe: those of the model, not of the loss."""
+    return [i for i, t in enumerate(trace.saved) if t.module >= 0]
 
 
 def survey(trace: Trace, options: Options) -> list[Saved]:
@@ -49,6 +54,8 @@ def _why(trace: Trace, storage: int, tensors: list[int], options: Options) -> st
         return f"held by {s.held} until backward: offloading it would free nothing"
     if s.nbytes < options.min_bytes:
         return f"smaller than {format_bytes(options.min_bytes)}"
+    if any(t.module < 0 for t in saved):
+        return "saved outside the model too (by the loss), where wrap does not see it"
     if s.need < 0:
         return "backward never asks for it"
     if _no_gap(s, saved):

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from vdnn.moments import Moment, Points
-from vdnn.policies.candidates import Saved
+from vdnn.policies.candidates import Saved, inside
 from vdnn.policies.options import Options
 from vdnn.policies.plans import covers_half
 from vdnn.values.hardware import Hardware
@@ -89,16 +89,13 @@ def _releases(trace: Trace, points: Points, items: Sequence[Saved], bound: int) 
             inflight -= item.nbytes
     roots = [i for i, call in enumerate(trace.modules) if call.parent < 0]
     for item in on_way:
-        last = item.tensors[-1]
-        # the loss packs after the model returns: that pack is then the last point there is
-        inside = roots and points.end(roots[-1]) >= points.pack(last)
-        found[item.storage] = f"end {_call(trace, roots[-1])}" if inside else f"pack {points.names[last]}"
+        found[item.storage] = f"end {_call(trace, roots[-1])}"
     return found
 
 
 def _forward_points(trace: Trace, points: Points) -> list[tuple[Moment, str, int]]:
     """Packs and ends of module calls in program order; the third says which saved tensor a pack is of."""
-    found = [(points.pack(i), f"pack {points.names[i]}", i) for i in range(len(trace.saved))]
+    found = [(points.pack(i), f"pack {points.names[i]}", i) for i in inside(trace)]
     found += [(points.end(i), f"end {_call(trace, i)}", -1) for i in range(len(trace.modules))]
     return sorted(found)
 
@@ -113,7 +110,7 @@ def _fetches(trace: Trace, points: Points, items: Sequence[Saved], window: int) 
         asked = [moment for moment in map(points.unpack, item.tensors) if moment is not None]
         needs.append((min(asked), item))
     needs.sort(key=lambda pair: pair[0])
-    unpacks = sorted((moment, i) for i in range(len(trace.saved)) if (moment := points.unpack(i)) is not None)
+    unpacks = sorted((moment, i) for i in inside(trace) if (moment := points.unpack(i)) is not None)
     found = {item.storage: "" for item in items}
     following = arrived = 0  # the next to fetch, the next to be needed
     ahead = 0

@@ -102,9 +102,6 @@ def _unpack(points: Points, saved: int) -> str:
 
 
 def _release(trace: Trace, points: Points, item: Saved, consumer: int) -> str:
-    """The end of the last call that packs it, in a plain network its last consumer; or a pack outside the model."""
-    calls = [consumer, *(trace.saved[i].module for i in item.tensors if trace.saved[i].module >= 0)]
-    last = max(calls, key=points.end)
-    if points.end(last) < points.pack(item.tensors[-1]):
-        return f"pack {points.names[item.tensors[-1]]}"
+    """The end of the last call that packs it; in a plain network, of its last consumer."""
+    last = max([consumer, *(trace.saved[i].module for i in item.tensors)], key=points.end)
     return f"end {trace.modules[last].fqn}#{trace.modules[last].call}"

@@ -216,6 +216,7 @@ def capture_model(
     kwargs: dict[str, Any] | None = None,
     *,
     loss: Callable[[Any], torch.Tensor] | None = None,
+    targets: Any = (),
     precision: str = "fp32",
     optimizer: str = "none",
     channels_last: bool = False,
@@ -230,6 +231,7 @@ def capture_model(
         model: a module (its shapes are taken), or a function that builds one on the default device.
         args: the inputs, or a function from a device to (args, kwargs).
         loss: from the model's output to a scalar; default: the sum of its floating tensors.
+        targets: tensors that `loss` uses, already on fakes: part of the input, as the training loop holds them.
         device: "cuda", or "cpu" for runs on a CPU or a virtual device.
 
     Raises:
@@ -277,7 +279,7 @@ def capture_model(
                 torch.Tensor, lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t, given
             )
         capture = _Capture(fake, device, mode)
-        _run(capture, given, loss or summed_loss, precision, optimizer, name or built)
+        _run(capture, given, targets, loss or summed_loss, precision, optimizer, name or built)
         if device == "cuda":
             corrections.append(
                 "attention kernel chosen as CUDA would: flash, or memory-efficient with a mask or in fp32"
@@ -288,7 +290,13 @@ def capture_model(
 
 
 def _run(
-    capture: _Capture, given: Any, loss: Callable[[Any], torch.Tensor], precision: str, optimizer: str, name: str
+    capture: _Capture,
+    given: Any,
+    targets: Any,
+    loss: Callable[[Any], torch.Tensor],
+    precision: str,
+    optimizer: str,
+    name: str,
 ) -> None:
     rec, model = capture.recorder, capture.model
     for fqn, parameter in model.named_parameters():
@@ -301,7 +309,7 @@ def _run(
             store = rec.stores[rec.store_of(buffer)]
             store.category, store.name = "buffer", fqn
             capture.fixed.add(buffer.untyped_storage()._cdata)
-    for tensor in tree_leaves(given):
+    for tensor in tree_leaves((given, targets)):
         if isinstance(tensor, torch.Tensor) and tensor.device.type == capture.device:
             store = rec.stores[rec.store_of(tensor)]
             store.category, store.held = "input", "input"
@@ -317,10 +325,11 @@ def _run(
                     if capture.device == "cuda":
                         stack.enter_context(HardwareAttention())
                     stack.enter_context(rec)
-                    _forward_backward(capture, given, loss, precision)
+                    results = _forward_backward(capture, given, loss, precision)
                     if steps is not None:
                         rec.phase = "optimizer"
                         steps.step()
+                    del results  # a training loop holds output and loss until its step is over
             finally:
                 calls.detach()
     except VdnnError:
@@ -329,7 +338,7 @@ def _run(
         raise _explained(capture, error, name) from error
 
 
-def _forward_backward(capture: _Capture, given: Any, loss: Callable[[Any], torch.Tensor], precision: str) -> None:
+def _forward_backward(capture: _Capture, given: Any, loss: Callable[[Any], torch.Tensor], precision: str) -> Any:
     args, kwargs = given
     dtype = _AUTOCAST.get(precision)
     with (
@@ -341,6 +350,7 @@ def _forward_backward(capture: _Capture, given: Any, loss: Callable[[Any], torch
     if value.numel() != 1 or value.grad_fn is None:
         raise UsageError(f"the loss has shape {tuple(value.shape)} and must be one number that needs a gradient")
     capture.backward(value)
+    return output, value
 
 
 def _first_step(steps: torch.optim.Optimizer, rec: Recorder, device: str) -> None:
@@ -378,14 +388,20 @@ def capture_work(
         CaptureError: the step needs values that fakes do not have; names the op and the module.
     """
 
+    targets: list[Any] = []  # made with the inputs: a training loop has them before the step
+
+    def inputs(place: str) -> Any:
+        targets.append(work.targets(place))
+        return work.inputs(place)
+
     def loss(output: Any) -> torch.Tensor:
-        with torch.device(device):
-            return work.loss(output, work.targets(device))
+        return work.loss(output, targets[0])
 
     return capture_model(
         work.build,
-        work.inputs,
+        inputs,
         loss=loss,
+        targets=targets,
         precision=precision,
         optimizer=optimizer,
         channels_last=channels_last,

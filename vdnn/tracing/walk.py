@@ -25,7 +25,8 @@ def walk(loss: torch.Tensor, on_node: Callable[[Any], None], on_grad: Callable[[
                 waiting[following] = 0
                 stack.append(following)
             waiting[following] += 1
-    grads: dict[Any, dict[int, torch.Tensor]] = {root: {0: torch.ones_like(loss)}}
+    first = torch.ones_like(loss)  # `Tensor.backward` holds it until it returns
+    grads: dict[Any, dict[int, torch.Tensor]] = {root: {0: first}}
     order = 0
     ready: list[tuple[int, int, Any]] = [(-_sequence(root), 0, root)]
     while ready:
