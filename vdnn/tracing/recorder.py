@@ -89,7 +89,8 @@ class Recorder(TorchDispatchMode):
         if not ins and not outs:
             return out
         here = len(self.ops)
-        reads = dict.fromkeys(self.store_of(t) for t in ins)
+        fresh = func is torch.ops.aten.lift_fresh.default  # a tensor made from a number, seen first as an input
+        reads = dict.fromkeys(self.store_of(t, here if fresh else -1) for t in ins)
         before = len(self.stores)
         made = dict.fromkeys(self.store_of(t, here) for t in outs)
         aliases = bool(outs) and all(n in reads for n in made)

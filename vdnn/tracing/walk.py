@@ -26,6 +26,7 @@ def walk(loss: torch.Tensor, on_node: Callable[[Any], None], on_grad: Callable[[
                 stack.append(following)
             waiting[following] += 1
     first = torch.ones_like(loss)  # `Tensor.backward` holds it until it returns
+    on_grad(first)
     grads: dict[Any, dict[int, torch.Tensor]] = {root: {0: first}}
     order = 0
     ready: list[tuple[int, int, Any]] = [(-_sequence(root), 0, root)]
