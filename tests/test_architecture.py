@@ -34,6 +34,7 @@ LAYERS = {
     "reporting": 7,
     "api": 8,
     "experiment": 8,
+    "training": 8,
     "cli": 8,
     "__init__": 8,
 }
@@ -50,7 +51,7 @@ MAY_IMPORT = {
     7: {0, 1, 2},
     8: set(range(8)),
 }
-PUBLIC_FUNCTIONS = {"wrap", "unwrap", "offload", "report", "load", "capture", "plan", "simulate", "track"}
+PUBLIC_FUNCTIONS = {"wrap", "unwrap", "offload", "report", "load", "capture", "plan", "simulate", "track", "run"}
 NO_CONCEPT = {"utils", "helpers", "manager", "common"}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vdnn.api import capture, load, offload, plan, report, simulate, track, unwrap, wrap
+    from vdnn.api import capture, load, offload, plan, report, run, simulate, track, unwrap, wrap
     from vdnn.engine import CudaDevice, VirtualDevice
 
 __version__ = "0.1.0"
@@ -19,6 +19,7 @@ __all__ = [
     "offload",
     "plan",
     "report",
+    "run",
     "simulate",
     "track",
     "unwrap",

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from vdnn.engine import Device, EngineReport, Offloader
     from vdnn.models import Work
     from vdnn.tracker import Tracker
+    from vdnn.training import Run
 
-__all__ = ["capture", "load", "offload", "plan", "report", "simulate", "track", "unwrap", "wrap"]
+__all__ = ["capture", "load", "offload", "plan", "report", "run", "simulate", "track", "unwrap", "wrap"]
 
 log = logging.getLogger("vdnn")
 
@@ -64,6 +65,10 @@ def plan(trace: Trace, hardware: str | Path | Hardware = "rtx4090", policy: str 
     Raises:
         UsageError: an unknown policy, machine or option.
     """
+    return _decide(trace, named_hardware(hardware), policy, options)
+
+
+def _decide(trace: Trace, hardware: Hardware, policy: str, options: dict[str, Any]) -> Plan:
     from vdnn.policies import Options, decide
 
     try:
@@ -71,7 +76,7 @@ def plan(trace: Trace, hardware: str | Path | Hardware = "rtx4090", policy: str 
     except TypeError as error:
         known = ", ".join(Options.__slots__)
         raise UsageError(f"an unknown option of a policy ({str(error).split(') ')[-1]}): known are {known}") from None
-    return decide(policy, trace, named_hardware(hardware), chosen)
+    return decide(policy, trace, hardware, chosen)
 
 
 def simulate(
@@ -90,6 +95,40 @@ def simulate(
     from vdnn.sim import simulate_step
 
     return simulate_step(trace, plan, named_hardware(hardware), memory_limit=memory_limit, timeline=timeline)
+
+
+def run(
+    work: Work,
+    policy: str = "vdnn-all",
+    hardware: str | Path | Hardware = "rtx4090",
+    *,
+    plan: Plan | None = None,
+    device: str = "auto",
+    steps: int = 5,
+    precision: str = "fp32",
+    optimizer: str = "sgd",
+    seed: int = 0,
+    **options: Any,
+) -> Run:
+    """Train some steps for real, with and without offload: prediction beside measurement, gradients compared.
+
+    Args:
+        hardware: the machine that is predicted; a virtual device has its memory and link.
+        plan: a plan to execute, instead of a policy. It must be made for the device that runs.
+        device: "virtual", "cuda", or "auto": CUDA where there is one.
+
+    Raises:
+        UsageError: an unknown name or option, or no CUDA device.
+        PlanMismatchError: the plan was made for another model, batch or device.
+        DeviceOutOfMemory: the virtual device's memory is spent.
+    """
+    from vdnn.training import find_place, run_policies
+
+    place, machine = find_place(device), named_hardware(hardware)
+    trace = capture(work, precision=precision, optimizer=optimizer, device="cuda" if place == "cuda" else "cpu")
+    made = plan if plan is not None else _decide(trace, machine, policy, options)
+    simulate(trace, made, machine)  # refuses a plan that is not for this trace, before anything runs
+    return list(run_policies(work, trace, [made], machine, place, steps=steps, seed=seed))[-1]
 
 
 def wrap(
