@@ -222,7 +222,7 @@ class Tracker(TorchDispatchMode):
                 peak_items=items,
                 notes=notes(items, self._ledger.peak_bytes, None if cuda is None else cuda[2]),
                 timeline=self._ledger.timeline() if timeline else None,
-                provenance=Provenance(torch=torch.__version__, cuda=torch.version.cuda or "", device=name),
+                provenance=Provenance(torch=str(torch.__version__), cuda=torch.version.cuda or "", device=name),
             )
 
     # -- every op ----------------------------------------------------------------------------------

@@ -120,13 +120,15 @@ def run_policies(
     plain = trained(None, None)
     for plan in (None, *(plan for plan in plans if plan.offloaded_bytes or plan.policy != "none")):
         done = trained(plan, plain.steps)
-        predicted = replace(simulate_step(trace, plan, hardware), provenance=provenance(torch=torch.__version__))
+        predicted = replace(simulate_step(trace, plan, hardware), provenance=provenance(torch=str(torch.__version__)))
         verdict = (
             f"{steps} steps: {done.compared} outputs, losses and gradients are torch.equal to those without offload"
             if not done.differs
             else f"{steps} steps: NOT equal to those without offload: {done.differs}"
         )
-        measured = replace(done.result, notes=(verdict, *done.result.notes), trace=trace.fingerprint())
+        measured = replace(
+            done.result, exact=not done.differs, notes=(verdict, *done.result.notes), trace=trace.fingerprint()
+        )
         yield Run(predicted, measured, plain.result, done.losses, done.compared, done.differs, done.engine)
 
 

@@ -1,13 +1,13 @@
 """What a run came to: text, JSON rows and figures (`vdnn.reporting.plots`, imported only where they are drawn)."""
 
 from vdnn.reporting.origin import provenance
+from vdnn.reporting.predictions import prediction_table, predictions_table
 from vdnn.reporting.rows import comparisons, difference_rows, differences, result_row, result_rows
 from vdnn.reporting.sheet import as_text
 from vdnn.reporting.summaries import as_rows, hardware_row, layer_shares, plan_rows, summarise
 from vdnn.reporting.text import (
     hardware_table,
     plan_report,
-    prediction_table,
     result_report,
     results_table,
     trace_report,
@@ -25,6 +25,7 @@ __all__ = [
     "plan_report",
     "plan_rows",
     "prediction_table",
+    "predictions_table",
     "provenance",
     "result_report",
     "result_row",

@@ -6,12 +6,12 @@ rich renderable: print it on a `rich.console.Console`, or turn it into a string 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.console import Group
 from rich.text import Text
 
-from vdnn.reporting.rows import LEVELS, Comparison, by_category, comparisons, differences, peak_of, peak_parts
+from vdnn.reporting.rows import LEVELS, Comparison, by_category, comparisons, peak_of, peak_parts
 from vdnn.reporting.scale import NOTHING, Scale, byte_scale, time_scale
 from vdnn.reporting.sheet import Column, Sheet, as_text, stacked
 from vdnn.reporting.summaries import PlanRow, TraceSummary, hardware_row, plan_rows, summarise
@@ -22,7 +22,6 @@ __all__ = [
     "as_text",
     "hardware_table",
     "plan_report",
-    "prediction_table",
     "result_report",
     "results_table",
     "trace_report",
@@ -109,7 +108,11 @@ def _remarks(pairs: Sequence[Comparison]) -> tuple[str, ...]:
     levels = {p.saving_of for p in pairs if p.saving_of is not None} - {"requested"}
     if levels:
         remarks.append(f"Saved: of {' or '.join(sorted(levels))} memory where requested is not known.")
-    remarks += dict.fromkeys(f"{p.result.policy}: {note}" for p in pairs for note in p.result.notes)
+    for note in dict.fromkeys(note for p in pairs for note in p.result.notes):
+        ours = [p.result for p in pairs if note in p.result.notes]
+        policies = dict.fromkeys(r.policy for r in ours)
+        everywhere = all(note in p.result.notes for p in pairs)
+        remarks.append(note[0].upper() + note[1:] + "." if everywhere else f"{', '.join(policies)}: {note}")
     return tuple(remarks)
 
 
@@ -215,33 +218,6 @@ def _stalls(stalls: Sequence[Stall], top: int) -> Sheet:
         Column(f"lasts\n[{time.unit}]"),
     )
     return Sheet("", columns, tuple(rows))
-
-
-# -- prediction beside measurement ---------------------------------------------------------------
-
-
-def prediction_table(predicted: RunResult, measured: RunResult, explanations: Mapping[str, str] | None = None) -> Sheet:
-    """Prediction beside measurement, each difference in bytes or time, in per cent, and explained."""
-    rows = []
-    for d in differences(predicted, measured, explanations):
-        shown = format_ns if d.quantity.endswith("_ns") else format_bytes
-        change = shown(d.difference)
-        if d.difference is not None and d.difference > 0:
-            change = "+" + change
-        rows.append(
-            (d.label, shown(d.predicted), shown(d.measured), change, _percent(d.percent, sign=True), d.explanation)
-        )
-    columns = (
-        Column("quantity", words=True),
-        Column("predicted"),
-        Column("measured"),
-        Column("difference"),
-        Column("[%]"),
-        Column("explanation", words=True),
-    )
-    machine = predicted.gpu if predicted.gpu == measured.gpu else f"predicted {predicted.gpu}, measured {measured.gpu}"
-    title = f"{predicted.model} · batch {predicted.batch} · {predicted.precision} · {machine} · {predicted.policy}"
-    return Sheet(title, columns, tuple(rows), tuple(dict.fromkeys((*predicted.notes, *measured.notes))))
 
 
 # -- plan ----------------------------------------------------------------------------------------

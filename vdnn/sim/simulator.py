@@ -25,6 +25,8 @@ from vdnn.values.trace import Trace
 
 __all__ = ["simulate_step"]
 
+_ON_TOP = "allocator rounding and fragmentation come on top"
+
 
 def simulate_step(
     trace: Trace, plan: Plan | None, hardware: Hardware, *, memory_limit: int | None = None, timeline: bool = False
@@ -43,12 +45,8 @@ def simulate_step(
     most = peak(trace, moves)
     capacity = hardware.memory_bytes if memory_limit is None else memory_limit
     fits = most.nbytes <= capacity
-    verdict = f"{'within' if fits else 'more than'} the {format_bytes(capacity)} of memory"
-    notes = [
-        f"fits is judged on requested bytes ({format_bytes(most.nbytes)}, {verdict}): "
-        "allocator rounding and fragmentation come on top"
-    ]
-    if times.launch_idle_ns:
+    notes = [*(plan.notes if plan else ()), f"fits: requested bytes in {format_bytes(capacity)}; {_ON_TOP}"]
+    if times.launch_idle_ns > times.total_ns // 100:
         notes.append(f"compute waits {format_ns(times.launch_idle_ns)} for the host to issue ops; not counted as stall")
     return RunResult(
         source="simulated",

@@ -15,6 +15,7 @@ import gzip
 import hashlib
 import json
 import operator
+import os
 import types
 import typing
 import zlib
@@ -89,11 +90,16 @@ def fingerprint(obj: Any) -> str:
 
 
 def save(obj: Any, path: str | Path) -> Path:
-    """Write a value; gzipped (with a fixed time stamp, so equal values give equal files) for `.gz`."""
+    """Write a value, whole or not at all; gzipped (without a date, so equal values give equal files) for `.gz`."""
     path = Path(path)
     data = (dumps(obj) + "\n").encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
     return path
 
 

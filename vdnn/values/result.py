@@ -41,7 +41,8 @@ class RunResult:
     """One run of one step. None means: not known to this run (never: zero).
 
     Requested is the sum of live storages, allocated counts the allocator's blocks, reserved its segments.
-    `stall_ns` is the time that the compute stream waited for copies.
+    `stall_ns` is the time that the compute stream waited for copies. `exact` says whether every output, loss and
+    gradient was equal, bit for bit, to those of the same steps without offload.
     """
 
     source: Literal["simulated", "measured"]
@@ -63,6 +64,7 @@ class RunResult:
     prefetched_bytes: int | None = None
     host_peak_bytes: int | None = None
     fits: bool | None = None
+    exact: bool | None = None
     peak_at: str = ""
     peak_items: tuple[PeakItem, ...] = ()
     notes: tuple[str, ...] = ()

@@ -27,7 +27,8 @@ Pair = tuple[RunResult, RunResult]
 def prediction_figure(pairs: Sequence[Pair], band: float = 0.05) -> Figure:
     """Peak memory and iteration time, predicted against measured, one point a (predicted, measured) pair.
 
-    The grey band is ±`band` of the measurement. What one of a pair does not know is left out and counted.
+    The grey band is ±`band` of the measurement. What one of a pair does not know is left out and counted; a
+    quantity that no pair knows has no axes.
 
     Raises:
         UsageError: no pairs, or a band that is not between 0 and 1.
@@ -39,22 +40,22 @@ def prediction_figure(pairs: Sequence[Pair], band: float = 0.05) -> Figure:
     level = common_level([run for pair in pairs for run in pair])
     policies = list(dict.fromkeys(predicted.policy for predicted, _ in pairs))
     looks = {policy: marker_look(policy, i) for i, policy in enumerate(policies)}
-    figure = new_figure(3.9)
-    left, right = figure.subplots(1, 2)
     peaks = [(_peak(p, level), _peak(m, level)) for p, m in pairs]
     times = [(p.iteration_time_ns, m.iteration_time_ns) for p, m in pairs]
     names = [predicted.policy for predicted, _ in pairs]
-    size = byte_scale(_smallest(peaks))
-    time = time_scale(_smallest(times))
-    _scatter(left, peaks, names, looks, size, band, f"peak {level or 'memory'}")
-    _scatter(right, times, names, looks, time, band, "iteration time")
+    shown = [(peaks, byte_scale(_smallest(peaks)), f"peak {level or 'memory'}")]
+    if any(predicted and measured for predicted, measured in times):
+        shown.append((times, time_scale(_smallest(times)), "iteration time"))
+    figure = new_figure(3.9) if len(shown) == 2 else new_figure(4.4, 4.4)
+    for axes, (points, scale, what) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        _scatter(axes, points, names, looks, scale, band, what)
     handles: list[Any] = [
         Line2D([], [], linestyle="none", marker=look.marker, color=look.colour, label=look.label, markersize=5)
         for look in looks.values()
     ]
     handles.append(Line2D([], [], color="black", linewidth=0.8, label="equal"))
     handles.append(Line2D([], [], color=BAND, linewidth=7, label=f"±{100 * band:g} %"))
-    legend_above(figure, handles, columns=6)
+    legend_above(figure, handles, columns=6 if len(shown) == 2 else 3)
     return figure
 
 
