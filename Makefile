@@ -15,7 +15,7 @@ help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{ printf "  make %-12s %s\n", $$1, $$2 }'
 
 demo: $(VENV)/.installed  ## Real networks with and without offload, simulated and run; writes results/demo/.
-	$(BIN)/vdnn experiment experiments/demo.toml
+	$(BIN)/vdnn experiment experiments/demo.toml --force
 
 test: $(VENV)/.installed  ## The tests, without the slow ones. GPU tests skip themselves where there is no GPU.
 	$(BIN)/python -m pytest -q -n 2 -m "not slow" $(PYTEST_ARGS)

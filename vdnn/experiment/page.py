@@ -1,8 +1,8 @@
 """What an experiment came to: tables and figures, made from the files under `results/` alone.
 
-    results/<name>/README.md       title, tables, figures
-                   results.json    every run as a row
-                   <figure>.png
+results/<name>/README.md       title, tables, figures
+               results.json    every run as a row
+               <figure>.png
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vdnn.values import Plan, RunResult, Trace, load
 
 __all__ = ["write_page"]
 
-WIDTH = 118
+WIDTH = 110
 
 
 def write_page(experiment: Experiment, folder: Path) -> str:

@@ -1,24 +1,24 @@
 """The file of an experiment: sections of models × batches × GPUs × precisions × policies, and figures.
 
-    title = "…"
-    text = "…"
+title = "…"
+text = "…"
 
-    [[simulate]]                       # or [[run]]: real steps, with a prediction beside
-    title = "VGG-16 as in the paper"
-    models = ["paper:vgg16"]
-    batches = [64, 128, 256]
-    gpus = ["titan-x"]
-    policies = ["none", "vdnn-all"]    # "none" is always there: it is the baseline
-    precisions = ["fp32"]
-    optimizer = "sgd"
-    rules = "paper"                    # further options of the policy: min_bytes = 65536
-    options = { image_size = 224 }     # of the models
+[[simulate]]                       # or [[run]]: real steps, with a prediction beside
+title = "VGG-16 as in the paper"
+models = ["paper:vgg16"]
+batches = [64, 128, 256]
+gpus = ["titan-x"]
+policies = ["none", "vdnn-all"]    # "none" is always there: it is the baseline
+precisions = ["fp32"]
+optimizer = "sgd"
+rules = "paper"                    # further options of the policy: min_bytes = 65536
+options = { image_size = 224 }     # of the models
 
-    [[figure]]
-    kind = "memory"                    # policies, memory, streams, layers, prediction
-    file = "vgg16-memory.png"
-    caption = "…"
-    select = { model = "paper:vgg16", batch = 256, policy = "vdnn-all" }
+[[figure]]
+kind = "memory"                    # policies, memory, streams, layers, prediction
+file = "vgg16-memory.png"
+caption = "…"
+select = { model = "paper:vgg16", batch = 256, policy = "vdnn-all" }
 """
 
 from __future__ import annotations

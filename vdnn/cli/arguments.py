@@ -1,0 +1,133 @@
+"""What the commands share: their arguments, reading and writing of values, and what shows that they are busy."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vdnn import api
+from vdnn.errors import UsageError
+from vdnn.values import RunResult, Trace
+from vdnn.values import load as load_value
+from vdnn.values import save as save_value
+
+__all__ = [
+    "Batch",
+    "Force",
+    "Gpu",
+    "Json",
+    "Model",
+    "ModelOptions",
+    "Optimizer",
+    "Output",
+    "Policy",
+    "Precision",
+    "Rules",
+    "busy",
+    "model_options",
+    "must_be_free",
+    "show_results",
+    "trace_of",
+    "write_value",
+]
+
+Model = Annotated[str, typer.Argument(help="paper:vgg16, torchvision:resnet50, hf:gpt2, file.py:factory, or a trace")]
+Batch = Annotated[str, typer.Option("--batch", "-b", help="Batch size.")]
+Gpu = Annotated[str, typer.Option(help="A GPU by id (`vdnn list gpus`), or a hardware file.")]
+Policy = Annotated[str, typer.Option(help="A policy (`vdnn list policies`).")]
+Precision = Annotated[str, typer.Option(help="fp32, amp, amp-bf16 or bf16.")]
+Optimizer = Annotated[str, typer.Option(help="none, sgd or adamw.")]
+Rules = Annotated[str, typer.Option(help="event, or paper: synchronise at every layer as vDNN did.")]
+ModelOptions = Annotated[
+    list[str] | None, typer.Option("-O", metavar="KEY=VALUE", help="A model option: image_size=64.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Output = Annotated[Path | None, typer.Option("-o", "--output", help="Write the value to this file.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite the output.")]
+
+
+def model_options(texts: list[str] | None) -> dict[str, object]:
+    """`-O key=value` as keywords.
+
+    Raises:
+        UsageError: a text without a key and a "=".
+    """
+    found: dict[str, object] = {}
+    for text in texts or []:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UsageError(f"-O {text!r} is no option: write it like image_size=64")
+        found[key] = value
+    return found
+
+
+def trace_of(
+    model: str, batch: str, precision: str, optimizer: str, texts: list[str] | None, device: str = "cuda"
+) -> Trace:
+    """The trace in a file, or of a model by name."""
+    if model.endswith((".json", ".json.gz")):
+        loaded = load_value(model, "trace")
+        assert isinstance(loaded, Trace)
+        return loaded
+    with busy(f"capturing {model}"):
+        work = api.load(model, batch, **model_options(texts))
+        return api.capture(work, precision=precision, optimizer=optimizer, device=device)
+
+
+def must_be_free(path: Path | None, force: bool) -> None:
+    """Check an output before the work that it is for.
+
+    Raises:
+        UsageError: it exists and `force` is not given, or it cannot be a file.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder: name a file in it")
+    if path.exists() and not force:
+        raise UsageError(f"{path} exists: give another name, or --force to overwrite it")
+    if not path.name.endswith((".json", ".json.gz")):
+        raise UsageError(f"{path} must end in .json or .json.gz, which is what vdnn reads")
+
+
+def write_value(value: Any, path: Path | None) -> None:
+    """Write a value, if a file is given, and say so.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    if path is not None:
+        try:
+            save_value(value, path)
+        except OSError as error:
+            raise UsageError(f"cannot write {path}: {error.strerror}") from None
+        typer.echo(f"Wrote {path}", err=True)
+
+
+def show_results(results: list[RunResult], as_json: bool) -> None:
+    """Runs as a table, or as JSON rows."""
+    from vdnn.reporting import as_text, result_rows, results_table
+
+    if as_json:
+        rows = result_rows(results)
+        typer.echo(json.dumps(rows[0] if len(rows) == 1 else rows, indent=1))
+    else:
+        typer.echo(as_text(results_table(results)), nl=False)
+
+
+@contextlib.contextmanager
+def busy(what: str) -> Iterator[None]:
+    """On a terminal, a line that moves while something of unknown length goes on."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(f"{what} …"):
+        yield

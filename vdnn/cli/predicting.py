@@ -1,0 +1,153 @@
+"""`capture`, `plan`, `simulate`, `compare`: what needs no GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vdnn import api
+from vdnn.cli.arguments import (
+    Batch,
+    Force,
+    Gpu,
+    Json,
+    Model,
+    ModelOptions,
+    Optimizer,
+    Output,
+    Policy,
+    Precision,
+    Rules,
+    must_be_free,
+    show_results,
+    trace_of,
+    write_value,
+)
+from vdnn.values import Plan, hardware
+from vdnn.values import load as load_value
+
+__all__ = ["capture", "compare", "plan", "simulate"]
+
+
+def capture(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The trace's file: NAME.json or NAME.json.gz.")],
+    batch: Batch = "32",
+    precision: Precision = "fp32",
+    optimizer: Optimizer = "none",
+    device: Annotated[str, typer.Option(help="cuda, or cpu for the virtual device.")] = "cuda",
+    options: ModelOptions = None,
+    force: Force = False,
+) -> None:
+    """Write one training step of a model down, without a GPU.
+
+    Example: vdnn capture torchvision:resnet50 --batch 64 -o resnet50.json.gz
+    """
+    must_be_free(output, force)
+    write_value(trace_of(model, batch, precision, optimizer, options, device), output)
+
+
+def plan(
+    model: Model,
+    gpu: Gpu,
+    policy: Policy = "vdnn-all",
+    batch: Batch = "32",
+    precision: Precision = "fp32",
+    optimizer: Optimizer = "none",
+    rules: Rules = "event",
+    device: Annotated[str, typer.Option(help="cuda, or cpu for `vdnn run` on the virtual device.")] = "cuda",
+    options: ModelOptions = None,
+    output: Output = None,
+    force: Force = False,
+) -> None:
+    """Decide for every saved storage, and say what was decided.
+
+    Example: vdnn plan paper:vgg16 --batch 64 --gpu titan-x --policy vdnn-conv -o vgg16.plan.json
+    """
+    from vdnn.policies import find
+    from vdnn.reporting import as_text, plan_report
+
+    must_be_free(output, force)
+    find(policy)
+    hardware(gpu)
+    made = api.plan(trace_of(model, batch, precision, optimizer, options, device), gpu, policy, rules=rules)
+    typer.echo(as_text(plan_report(made)), nl=False)
+    write_value(made, output)
+
+
+def simulate(
+    model: Model,
+    gpu: Gpu,
+    policy: Policy = "none",
+    plan_file: Annotated[Path | None, typer.Option("--plan", help="A plan's file, instead of a policy.")] = None,
+    batch: Batch = "32",
+    precision: Precision = "fp32",
+    optimizer: Optimizer = "none",
+    rules: Rules = "event",
+    options: ModelOptions = None,
+    as_json: Json = False,
+    output: Output = None,
+    force: Force = False,
+) -> None:
+    """Predict memory and time of one training step on a GPU.
+
+    Example: vdnn simulate torchvision:resnet50 --batch 256 --gpu rtx4090 --policy vdnn-all --json
+    """
+    from vdnn.policies import find
+
+    must_be_free(output, force)
+    find(policy)
+    hardware(gpu)
+    made = load_value(plan_file, "plan") if plan_file is not None else None
+    trace = trace_of(model, batch, precision, optimizer, options)
+    if made is None:
+        made = api.plan(trace, gpu, policy, rules=rules)
+    assert isinstance(made, Plan)
+    baseline = api.simulate(trace, None, gpu)
+    result = api.simulate(trace, made, gpu, timeline=output is not None)
+    if as_json:
+        from vdnn.reporting import result_rows
+
+        typer.echo(json.dumps(result_rows([result], baseline)[0], indent=1))
+    else:
+        show_results([baseline] if made.policy == "none" else [baseline, result], False)
+    write_value(result, output)
+
+
+def compare(
+    model: Model,
+    gpu: Gpu,
+    policy: Annotated[list[str] | None, typer.Option(help="A policy; again for another. Default: all.")] = None,
+    batch: Batch = "32",
+    precision: Precision = "fp32",
+    optimizer: Optimizer = "none",
+    rules: Rules = "event",
+    options: ModelOptions = None,
+    as_json: Json = False,
+    figure: Annotated[Path | None, typer.Option(help="Draw the comparison: NAME.png, .svg or .pdf.")] = None,
+    force: Force = False,
+) -> None:
+    """Predict one training step under several policies, from one capture.
+
+    Example: vdnn compare paper:vgg16 --batch 128 --gpu titan-x --rules paper --figure vgg16.png
+    """
+    from vdnn.errors import UsageError
+    from vdnn.policies import find, names
+
+    chosen = policy or list(names())
+    for name in chosen:
+        find(name)
+    hardware(gpu)
+    if figure is not None and figure.exists() and not force:
+        raise UsageError(f"{figure} exists: give another name, or --force to overwrite it")
+    trace = trace_of(model, batch, precision, optimizer, options)
+    ordered = ["none", *(name for name in chosen if name != "none")]
+    results = [api.simulate(trace, api.plan(trace, gpu, name, rules=rules), gpu) for name in ordered]
+    show_results(results, as_json)
+    if figure is not None:
+        from vdnn.reporting.plots import policies_figure, save_figure
+
+        typer.echo(f"Wrote {save_figure(policies_figure(results), figure)}", err=True)
