@@ -35,6 +35,7 @@ LAYERS = {
     "api": 8,
     "experiment": 8,
     "training": 8,
+    "deciding": 8,
     "cli": 8,
     "__init__": 8,
 }

@@ -68,7 +68,7 @@ def test_an_unknown_policy_or_option_is_refused() -> None:
     with pytest.raises(UsageError, match="did you mean vdnn-conv"):
         vdnn.wrap(model, "vdnn-conf")
     trace = vdnn.capture(model, torch.randn(3, 2), device="cpu")
-    with pytest.raises(UsageError, match="known are rules"):
+    with pytest.raises(UsageError, match="did you mean min_bytes"):
         vdnn.plan(trace, "rtx4090", "vdnn-all", min_byte=1)
 
 

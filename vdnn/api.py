@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from vdnn.engine import Device, EngineReport, Offloader
     from vdnn.models import Work
+    from vdnn.policies import Options
     from vdnn.tracker import Tracker
     from vdnn.training import Run
 
@@ -57,26 +58,50 @@ def capture(work: Work | nn.Module, *inputs: Any, loss: Any = None, **options: A
     return capture_model(work, inputs, loss=loss, batch=batch, **options)
 
 
-def plan(trace: Trace, hardware: str | Path | Hardware = "rtx4090", policy: str = "vdnn-all", **options: Any) -> Plan:
-    """What a policy decides for every saved storage of a trace on a machine.
+def plan(
+    trace: Trace,
+    hardware: str | Path | Hardware = "rtx4090",
+    policy: str = "",
+    *,
+    budget: int | str | None = None,
+    **options: Any,
+) -> Plan:
+    """What a policy (default: "vdnn-all") decides for every saved storage of a trace, or what fits a budget.
 
-    Options: rules ("event" or "paper"), min_bytes, max_inflight_bytes, window_bytes, keep_soon.
+    Args:
+        budget: device memory for the step, "12GiB" or bytes: the plan that fits and takes the least time.
+        options: rules ("event" or "paper"), min_bytes, max_inflight_bytes, window_bytes, keep_soon.
 
     Raises:
-        UsageError: an unknown policy, machine or option.
+        UsageError: an unknown policy, machine or option, or both a policy and a budget.
+        InfeasibleError: no plan fits the budget; names the least that does.
     """
-    return _decide(trace, named_hardware(hardware), policy, options)
+    return _decide(trace, named_hardware(hardware), policy, budget, options)
 
 
-def _decide(trace: Trace, hardware: Hardware, policy: str, options: dict[str, Any]) -> Plan:
-    from vdnn.policies import Options, decide
+def _decide(trace: Trace, hardware: Hardware, policy: str, budget: int | str | None, options: dict[str, Any]) -> Plan:
+    from vdnn.planner import plan_for_budget
+    from vdnn.policies import decide
+    from vdnn.units import parse_size
 
-    try:
-        chosen = Options(**options)
-    except TypeError as error:
-        known = ", ".join(Options.__slots__)
-        raise UsageError(f"an unknown option of a policy ({str(error).split(') ')[-1]}): known are {known}") from None
-    return decide(policy, trace, hardware, chosen)
+    chosen = _options(options)
+    if budget is None:
+        return decide(policy or "vdnn-all", trace, hardware, chosen)
+    if policy:
+        raise UsageError(f"both the policy {policy} and a budget are given: a plan is made by one of them")
+    return plan_for_budget(trace, hardware, parse_size(budget), chosen)
+
+
+def _options(given: dict[str, Any]) -> Options:
+    from vdnn.errors import unknown_name
+    from vdnn.policies import Options as PolicyOptions
+
+    for name in given:
+        if name not in PolicyOptions.__slots__:
+            raise unknown_name("option of a policy", name, PolicyOptions.__slots__)
+    chosen = PolicyOptions(**given)
+    chosen.check()
+    return chosen
 
 
 def simulate(
@@ -99,10 +124,11 @@ def simulate(
 
 def run(
     work: Work,
-    policy: str = "vdnn-all",
+    policy: str = "",
     hardware: str | Path | Hardware = "rtx4090",
     *,
     plan: Plan | None = None,
+    budget: int | str | None = None,
     device: str = "auto",
     steps: int = 5,
     precision: str = "fp32",
@@ -114,7 +140,9 @@ def run(
 
     Args:
         hardware: the machine that is predicted; a virtual device has its memory and link.
+        policy: default: "vdnn-all".
         plan: a plan to execute, instead of a policy. It must be made for the device that runs.
+        budget: plan for this much device memory, instead of a policy.
         device: "virtual", "cuda", or "auto": CUDA where there is one.
 
     Raises:
@@ -126,117 +154,74 @@ def run(
 
     place, machine = find_place(device), named_hardware(hardware)
     trace = capture(work, precision=precision, optimizer=optimizer, device="cuda" if place == "cuda" else "cpu")
-    made = plan if plan is not None else _decide(trace, machine, policy, options)
+    made = plan if plan is not None else _decide(trace, machine, policy, budget, options)
     simulate(trace, made, machine)  # refuses a plan that is not for this trace, before anything runs
     return list(run_policies(work, trace, [made], machine, place, steps=steps, seed=seed))[-1]
 
 
 def wrap(
     model: nn.Module,
-    policy: str = "vdnn-all",
+    policy: str = "",
     *,
     plan: Plan | None = None,
+    budget: int | str | None = None,
     device: Device | None = None,
-    hardware: str | Path | Hardware = "rtx4090",
+    hardware: str | Path | Hardware | None = None,
+    optimizer: str = "adamw",
     **options: Any,
 ) -> nn.Module:
     """Offload what autograd saves in the model's forward, in place; returns the model. `unwrap` undoes it.
 
-    With a policy, the step is captured at the first training call of each input shape, from the real inputs, and
-    planned from that (the loss is taken for a sum of the outputs; what a loss outside the model saves stays). A
-    model that cannot be captured is offloaded by rule. With a plan, that plan is executed.
+    Alone it offloads no more than it takes for the step to fit into the device's memory: nothing, if it fits.
+    The step is captured at the first training call of each input shape, from the real inputs, and planned from
+    that (the loss is taken for a sum of the outputs; what a loss outside the model saves stays). A model that
+    cannot be captured is offloaded by rule. One line in the log ("vdnn", level INFO) says what was decided.
 
     Args:
+        policy: decide by this policy instead ("vdnn-all", "vdnn-conv", "none").
+        plan: execute this plan instead.
+        budget: device memory for the step, "12GiB" or bytes, instead of all there is.
         device: default: the model's own. For a model on the CPU offload is inactive unless a virtual device is given.
-        hardware: the machine that the policy plans for.
+        hardware: the machine to plan for; default: the device's.
+        optimizer: whose states the step will have: "none", "sgd" or "adamw".
 
     Raises:
-        UsageError: an unknown policy or option.
+        UsageError: an unknown policy, optimizer or option, or more than one of policy, plan and budget.
         PlanMismatchError: the plan was made for another model.
         EngineError: the model is wrapped already.
+        InfeasibleError: at the first training call: no plan fits the budget.
     """
+    from vdnn.deciding import Decider, machine_of
     from vdnn.engine import CudaDevice, Schedule, wrap_model
     from vdnn.policies import find
+    from vdnn.units import parse_size
 
-    find(policy)
-    names = {fqn for fqn, _ in model.named_modules()}
+    given = [name for name, value in (("policy", policy), ("plan", plan), ("budget", budget)) if value]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} are both given: a model is wrapped by one of them")
+    if policy:
+        find(policy)
     if plan is not None:
-        Schedule(plan).check_names(names)
+        Schedule(plan).check_names({fqn for fqn, _ in model.named_modules()})
+    chosen = _options(options)
+    budget_bytes = None if budget is None else parse_size(budget)
     place = next((p.device for p in (*model.parameters(), *model.buffers())), None)
     if device is None:
         if place is None or place.type != "cuda":
             log.warning("vdnn: the model is on the CPU: offload is inactive (name a virtual device to run it there)")
             return model
         device = CudaDevice(place.index)
-    planner = _Planner(
-        plan, policy, named_hardware(hardware), "cuda" if isinstance(device, CudaDevice) else "cpu", options
+    decider = Decider(
+        device,
+        named_hardware(hardware) if hardware is not None else machine_of(device),
+        fixed=plan,
+        policy=policy,
+        budget_bytes=budget_bytes,
+        optimizer=optimizer,
+        options=chosen,
     )
-    wrap_model(model, device, planner.schedule)
+    wrap_model(model, device, decider.schedule)
     return model
-
-
-class _Planner:
-    """Plans at the first training call of each input shape, and remembers."""
-
-    def __init__(self, fixed: Plan | None, policy: str, hardware: Hardware, kind: str, options: dict[str, Any]) -> None:
-        self.fixed = fixed
-        self.policy = policy
-        self.hardware = hardware
-        self.kind = kind
-        self.options = options
-        self.made: dict[Any, Any] = {}
-
-    def schedule(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The schedule for a call with these inputs."""
-        from vdnn.engine import Schedule
-
-        if self.fixed is not None:
-            if self.fixed not in self.made:
-                self.made[self.fixed] = Schedule(self.fixed)
-            return self.made[self.fixed]
-        key = _shapes(args, kwargs)
-        if key not in self.made:
-            self.made[key] = self._make(model, args, kwargs)
-        return self.made[key]
-
-    def _make(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        import torch
-
-        from vdnn.engine import Rule, Schedule
-        from vdnn.errors import CaptureError
-        from vdnn.tracing import capture_model
-
-        enabled = torch.is_autocast_enabled(self.kind)
-        precision = "fp32"
-        if enabled:
-            precision = "amp-bf16" if torch.get_autocast_dtype(self.kind) is torch.bfloat16 else "amp"
-        try:
-            trace = capture_model(model, args, kwargs, precision=precision, device=self.kind, name=type(model).__name__)
-        except CaptureError as error:
-            log.warning("vdnn: %s; offloading by rule instead", error)
-            return Schedule(None, _rule(self.policy, self.options, Rule))
-        made = plan(trace, self.hardware, self.policy, **self.options)
-        log.info("vdnn: %s: offloads %d bytes a step", made.policy, made.offloaded_bytes)
-        return Schedule(made)
-
-
-def _rule(policy: str, options: dict[str, Any], rule: Any) -> Any:
-    from torch.nn.modules.conv import _ConvNd
-
-    if policy == "none":
-        return rule(offload=False)
-    types = (_ConvNd,) if policy == "vdnn-conv" else ()
-    return rule(min_bytes=options.get("min_bytes", 1 << 20), types=types)
-
-
-def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    import torch
-    from torch.utils._pytree import tree_leaves
-
-    return tuple(
-        (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else repr(leaf)
-        for leaf in tree_leaves((args, kwargs))
-    )
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -270,11 +255,12 @@ def offload(
     Raises:
         UsageError: an unknown policy, or no CUDA device and no virtual one given.
     """
-    from vdnn.engine import CudaDevice, Rule, offloading
+    from vdnn.deciding import rule_for
+    from vdnn.engine import CudaDevice, offloading
     from vdnn.policies import find
 
     find(policy)
-    return offloading(device or CudaDevice(), _rule(policy, options, Rule), model)
+    return offloading(device or CudaDevice(), rule_for(policy, _options(options)), model)
 
 
 def track(model: nn.Module | None = None, optimizer: torch.optim.Optimizer | None = None, **options: Any) -> Tracker:

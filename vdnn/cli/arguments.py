@@ -18,6 +18,7 @@ from vdnn.values import save as save_value
 
 __all__ = [
     "Batch",
+    "Budget",
     "Force",
     "Gpu",
     "Json",
@@ -31,6 +32,7 @@ __all__ = [
     "busy",
     "model_options",
     "must_be_free",
+    "must_be_one",
     "show_results",
     "trace_of",
     "write_value",
@@ -40,6 +42,7 @@ Model = Annotated[str, typer.Argument(help="paper:vgg16, torchvision:resnet50, h
 Batch = Annotated[str, typer.Option("--batch", "-b", help="Batch size.")]
 Gpu = Annotated[str, typer.Option(help="A GPU by id (`vdnn list gpus`), or a hardware file.")]
 Policy = Annotated[str, typer.Option(help="A policy (`vdnn list policies`).")]
+Budget = Annotated[str, typer.Option(help="Device memory for the step, 12GiB: the plan that fits and is the fastest.")]
 Precision = Annotated[str, typer.Option(help="fp32, amp, amp-bf16 or bf16.")]
 Optimizer = Annotated[str, typer.Option(help="none, sgd or adamw.")]
 Rules = Annotated[str, typer.Option(help="event, or paper: synchronise at every layer as vDNN did.")]
@@ -93,6 +96,24 @@ def must_be_free(path: Path | None, force: bool) -> None:
         raise UsageError(f"{path} exists: give another name, or --force to overwrite it")
     if not path.name.endswith((".json", ".json.gz")):
         raise UsageError(f"{path} must end in .json or .json.gz, which is what vdnn reads")
+
+
+def must_be_one(*, policy: str, budget: str, plan: Path | None = None) -> None:
+    """Check what decides, before anything expensive.
+
+    Raises:
+        UsageError: more than one of them is given, an unknown policy, or a budget that is no size.
+    """
+    from vdnn.policies import find
+    from vdnn.units import parse_size
+
+    given = [name for name, value in (("--policy", policy), ("--budget", budget), ("--plan", plan)) if value]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} are given: one of them decides, leave the others out")
+    if policy:
+        find(policy)
+    if budget:
+        parse_size(budget)
 
 
 def write_value(value: Any, path: Path | None) -> None:

@@ -11,6 +11,7 @@ import typer
 from vdnn import api
 from vdnn.cli.arguments import (
     Batch,
+    Budget,
     Force,
     Gpu,
     Json,
@@ -22,6 +23,7 @@ from vdnn.cli.arguments import (
     Precision,
     Rules,
     must_be_free,
+    must_be_one,
     show_results,
     trace_of,
     write_value,
@@ -53,7 +55,8 @@ def capture(
 def plan(
     model: Model,
     gpu: Gpu,
-    policy: Policy = "vdnn-all",
+    policy: Policy = "",
+    budget: Budget = "",
     batch: Batch = "32",
     precision: Precision = "fp32",
     optimizer: Optimizer = "none",
@@ -67,13 +70,13 @@ def plan(
 
     Example: vdnn plan paper:vgg16 --batch 64 --gpu titan-x --policy vdnn-conv -o vgg16.plan.json
     """
-    from vdnn.policies import find
     from vdnn.reporting import as_text, plan_report
 
     must_be_free(output, force)
-    find(policy)
+    must_be_one(policy=policy, budget=budget)
     hardware(gpu)
-    made = api.plan(trace_of(model, batch, precision, optimizer, options, device), gpu, policy, rules=rules)
+    trace = trace_of(model, batch, precision, optimizer, options, device)
+    made = api.plan(trace, gpu, policy, budget=budget or None, rules=rules)
     typer.echo(as_text(plan_report(made)), nl=False)
     write_value(made, output)
 
@@ -81,7 +84,8 @@ def plan(
 def simulate(
     model: Model,
     gpu: Gpu,
-    policy: Policy = "none",
+    policy: Policy = "",
+    budget: Budget = "",
     plan_file: Annotated[Path | None, typer.Option("--plan", help="A plan's file, instead of a policy.")] = None,
     batch: Batch = "32",
     precision: Precision = "fp32",
@@ -96,18 +100,17 @@ def simulate(
 
     Example: vdnn simulate torchvision:resnet50 --batch 256 --gpu rtx4090 --policy vdnn-all --json
     """
-    from vdnn.policies import find
-
     must_be_free(output, force)
-    find(policy)
+    must_be_one(policy=policy, budget=budget, plan=plan_file)
     hardware(gpu)
     made = load_value(plan_file, "plan") if plan_file is not None else None
     trace = trace_of(model, batch, precision, optimizer, options)
     if made is None:
-        made = api.plan(trace, gpu, policy, rules=rules)
+        made = api.plan(trace, gpu, policy or ("" if budget else "none"), budget=budget or None, rules=rules)
     assert isinstance(made, Plan)
-    baseline = api.simulate(trace, None, gpu)
-    result = api.simulate(trace, made, gpu, timeline=output is not None)
+    limit = made.budget_bytes
+    baseline = api.simulate(trace, None, gpu, memory_limit=limit)
+    result = api.simulate(trace, made, gpu, memory_limit=limit, timeline=output is not None)
     if as_json:
         from vdnn.reporting import result_rows
 

@@ -11,6 +11,7 @@ import typer
 from vdnn import api
 from vdnn.cli.arguments import (
     Batch,
+    Budget,
     Force,
     Gpu,
     Json,
@@ -24,6 +25,7 @@ from vdnn.cli.arguments import (
     busy,
     model_options,
     must_be_free,
+    must_be_one,
     write_value,
 )
 from vdnn.errors import EngineError, UsageError
@@ -36,7 +38,8 @@ __all__ = ["experiment", "run"]
 def run(
     model: Model,
     gpu: Gpu,
-    policy: Policy = "vdnn-all",
+    policy: Policy = "",
+    budget: Budget = "",
     plan_file: Annotated[Path | None, typer.Option("--plan", help="A plan's file, instead of a policy.")] = None,
     batch: Batch = "32",
     steps: Annotated[int, typer.Option(help="Training steps; the last one is tracked.")] = 5,
@@ -57,13 +60,12 @@ def run(
 
     Example: vdnn run demo:cnn --batch 16 --gpu rtx4090 --policy vdnn-conv
     """
-    from vdnn.policies import find
     from vdnn.reporting import as_text, difference_rows, differences, prediction_table, result_rows
     from vdnn.training import find_place
     from vdnn.units import parse_size
 
     must_be_free(output, force)
-    find(policy)
+    must_be_one(policy=policy, budget=budget, plan=plan_file)
     machine = hardware(gpu)
     find_place(device)
     if model.endswith((".json", ".json.gz")):
@@ -77,6 +79,7 @@ def run(
             policy,
             machine,
             plan=made,
+            budget=budget or None,
             device=device,
             steps=steps,
             precision=precision,
