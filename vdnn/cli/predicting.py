@@ -93,6 +93,7 @@ def simulate(
     rules: Rules = "event",
     options: ModelOptions = None,
     as_json: Json = False,
+    perfetto: Annotated[Path | None, typer.Option(help="Write the streams as a Chrome trace: NAME.json.")] = None,
     output: Output = None,
     force: Force = False,
 ) -> None:
@@ -101,6 +102,7 @@ def simulate(
     Example: vdnn simulate torchvision:resnet50 --batch 256 --gpu rtx4090 --policy vdnn-all --json
     """
     must_be_free(output, force)
+    must_be_free(perfetto, force)
     must_be_one(policy=policy, budget=budget, plan=plan_file)
     hardware(gpu)
     made = load_value(plan_file, "plan") if plan_file is not None else None
@@ -110,7 +112,7 @@ def simulate(
     assert isinstance(made, Plan)
     limit = made.budget_bytes
     baseline = api.simulate(trace, None, gpu, memory_limit=limit)
-    result = api.simulate(trace, made, gpu, memory_limit=limit, timeline=output is not None)
+    result = api.simulate(trace, made, gpu, memory_limit=limit, timeline=bool(output or perfetto))
     if as_json:
         from vdnn.reporting import result_rows
 
@@ -118,6 +120,10 @@ def simulate(
     else:
         show_results([baseline] if made.policy == "none" else [baseline, result], False)
     write_value(result, output)
+    if perfetto is not None:
+        from vdnn.reporting import write_perfetto
+
+        typer.echo(f"Wrote {write_perfetto(result, perfetto)}", err=True)
 
 
 def compare(

@@ -1,6 +1,7 @@
 """What a run came to: text, JSON rows and figures (`vdnn.reporting.plots`, imported only where they are drawn)."""
 
 from vdnn.reporting.origin import provenance
+from vdnn.reporting.perfetto import write_perfetto
 from vdnn.reporting.predictions import prediction_table, predictions_table
 from vdnn.reporting.rows import comparisons, difference_rows, differences, result_row, result_rows
 from vdnn.reporting.sheet import as_text
@@ -33,4 +34,5 @@ __all__ = [
     "results_table",
     "summarise",
     "trace_report",
+    "write_perfetto",
 ]
