@@ -40,12 +40,13 @@ def assembled(
     for index, (begin, end) in spans.items():
         capture.calls[index][7:9] = [begin, end]
     first_use = _first_uses(rec)
+    kept = _kept_by_autograd(capture, n)
     storages = []
     for number, store in enumerate(rec.stores):
         died = n if store.dead is None else store.dead
-        free = max(died, store.free or 0)
-        if store.packed and store.need >= 0 and store.free is None and store.dead is not None:
-            free = max(free, n if store.restored is not None and store.restored() is not None else free)
+        free = max(died, store.free or 0, kept.get(number, 0))
+        if store.restored is not None and store.restored() is not None:
+            free = n  # what backward was given lives on
         alloc = store.alloc
         category = store.category
         if not category:
@@ -70,7 +71,22 @@ def assembled(
             )
         )
     modules = tuple(ModuleCall(*row) for row in capture.calls)
-    saved = tuple(SavedTensor(*row[:3], *row[3], row[4], tuple(row[5]), row[6]) for row in capture.saved)  # type: ignore[call-arg]
+    saved = tuple(
+        SavedTensor(
+            module=p.module,
+            index=p.index,
+            storage=p.store,
+            dtype=p.form[0],
+            shape=p.form[1],
+            stride=p.form[2],
+            offset=p.form[3],
+            nbytes=p.form[4],
+            packed_at=p.packed_at,
+            unpacked_at=tuple(p.unpacked_at),
+            node=p.node,
+        )
+        for p in capture.saved
+    )
     trace = Trace(
         model=name,
         batch=batch,
@@ -88,6 +104,23 @@ def assembled(
     )
     trace.check()
     return trace
+
+
+def _kept_by_autograd(capture: Any, end: int) -> dict[int, int]:
+    """Where autograd lets go of the last saved tensor in each storage.
+
+    A node that backward does not run keeps what it saved as long as the graph lives, which is to the end of the
+    step; unless something else asked for it, as checkpointing does for its inputs.
+    """
+    kept: dict[int, int] = {}
+    for packed, standin in zip(capture.saved, capture.standins, strict=True):
+        if standin is None:
+            continue
+        until = packed.released
+        if until is None:
+            until = max(packed.unpacked_at) if packed.unpacked_at else end
+        kept[packed.store] = max(kept.get(packed.store, 0), until)
+    return kept
 
 
 def _first_uses(rec: Recorder) -> dict[int, int]:

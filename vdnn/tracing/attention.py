@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = ["HardwareAttention"]
 
+_DISPATCHED: Any = F.scaled_dot_product_attention
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 FLASH_HEAD = 256  # largest head size of the flash kernels
 
@@ -23,9 +27,13 @@ class HardwareAttention(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        return _attend(*args, **kwargs)
+        return _attend(*args, **kwargs) if func is _DISPATCHED else func(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def everywhere(self) -> Iterator[None]:
+        """The mode, and the same inside torch's own functions (multi-head attention), which no mode sees."""
+        with self, mock.patch.object(F, "scaled_dot_product_attention", _attend):
+            yield
 
 
 def _attend(

@@ -1,21 +1,15 @@
 """`capture_model`, `capture_work`: one training step, run on fake tensors and written down.
 
-    with FakeTensorMode():                       shapes and storages, no values, no memory
-        model, inputs on fake "cuda"             autograd saves what it would save on a GPU
-        with Recorder(), saved_tensors_hooks:    forward and loss
-            walk(loss)                           backward: the engine itself would ask for the device
-            optimizer.step()                     the second one: its states exist
-
-The pack hook hands out a stand-in that does not hold the tensor, so the trace sees when forward itself lets go
-of a storage; at unpack all stand-ins of one storage come back as views of one new fake storage, so the trace
-sees when backward lets go of it.
+with FakeTensorMode():                       shapes and storages, no values, no memory
+    model, inputs on fake "cuda"             autograd saves what it would save on a GPU
+    with Recorder(), saved_tensors_hooks:    forward and loss
+        Backward.of(loss)                    backward: the engine itself would ask for the device
+        optimizer.step()                     the second one: its states exist
 """
 
 from __future__ import annotations
 
 import contextlib
-import sys
-from bisect import bisect_right
 from collections.abc import Callable
 from typing import Any
 
@@ -24,15 +18,15 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from vdnn.calls import Frame, ModuleCalls
+from vdnn.calls import ModuleCalls
 from vdnn.errors import CaptureError, UsageError, VdnnError, unknown_name
 from vdnn.models import Work
 from vdnn.tracing import stage
 from vdnn.tracing.assembly import assembled
 from vdnn.tracing.attention import HardwareAttention
-from vdnn.tracing.layers import layer_kind
+from vdnn.tracing.hooks import creator
 from vdnn.tracing.recorder import Recorder
-from vdnn.tracing.walk import walk
+from vdnn.tracing.watch import Watch
 from vdnn.values import Trace
 
 __all__ = ["OPTIMIZERS", "PRECISIONS", "capture_model", "capture_work", "summed_loss"]
@@ -54,160 +48,6 @@ def _tensors(output: Any) -> list[torch.Tensor]:
     if isinstance(output, dict):  # Hugging Face's outputs are dicts, but no pytrees
         return [t for value in output.values() for t in _tensors(value)]
     return [t for t in tree_leaves(output) if isinstance(t, torch.Tensor)]
-
-
-class _StandIn:
-    """What the pack hook hands to autograd: where the tensor is, not the tensor."""
-
-    __slots__ = ("dtype", "offset", "saved", "shape", "store", "stride")
-
-    def __init__(self, store: int, saved: int, tensor: torch.Tensor) -> None:
-        self.store = store
-        self.saved = saved
-        self.dtype = tensor.dtype
-        self.shape = tensor.shape
-        self.stride = tensor.stride()
-        self.offset = tensor.storage_offset()
-
-
-class _Direct:
-    """A tensor that lives outside the step anyway (a parameter, a buffer, another device's)."""
-
-    __slots__ = ("saved", "tensor")
-
-    def __init__(self, saved: int, tensor: torch.Tensor) -> None:
-        self.saved = saved
-        self.tensor = tensor
-
-
-class _Capture:
-    """One capture in progress."""
-
-    def __init__(self, model: nn.Module, device: str, mode: FakeTensorMode) -> None:
-        self.mode = mode
-        self.model = model
-        self.device = device
-        self.recorder = Recorder(device)
-        self.calls: list[list[Any]] = []
-        self.saved: list[list[Any]] = []
-        self.changes: list[tuple[int, int]] = [(-1, -1)]  # (autograd sequence number, module call from there on)
-        self.outside = 0
-        self.node = ""
-        self.broken: Frame | None = None
-        self.frame: Frame | None = None
-        self.fixed: set[int] = set()
-
-    # -- module calls ------------------------------------------------------------------------------
-
-    def begin(self, frame: Frame) -> None:
-        rec = self.recorder
-        parent = frame.parent.slot if frame.parent is not None else -1
-        frame.slot = len(self.calls)
-        kind = layer_kind(frame.module)
-        self.calls.append([frame.fqn, frame.call, type(frame.module).__name__, kind, parent, len(rec.ops), -1, -1, -1])
-        self._enter(frame)
-
-    def end(self, frame: Frame) -> None:
-        if self.broken is None and sys.exc_info()[0] is not None:
-            self.broken = frame  # forward raised in there
-        self.calls[frame.slot][6] = len(self.recorder.ops)
-        self._enter(frame.parent)
-
-    def _enter(self, frame: Frame | None) -> None:
-        self.frame = frame
-        self.recorder.module = frame.slot if frame is not None else -1
-        self.changes.append((torch.autograd._get_sequence_nr(), self.recorder.module))  # type: ignore[attr-defined]
-
-    # -- saved tensors -----------------------------------------------------------------------------
-
-    def pack(self, tensor: torch.Tensor) -> Any:
-        rec, frame = self.recorder, self.frame
-        if tensor.device.type != self.device or tensor.layout is not torch.strided:
-            self._count(frame)
-            return _Direct(-1, tensor)
-        number = rec.store_of(tensor)
-        store = rec.stores[number]
-        store.packed = True
-        if frame is not None and not store.name and rec.ops and rec.ops[-1].phase == "forward":
-            self._name_cast(store, tensor, frame)
-        form = (
-            str(tensor.dtype).removeprefix("torch."),
-            tuple(map(int, tensor.shape)),
-            tuple(map(int, tensor.stride())),
-            int(tensor.storage_offset()),
-            tensor.numel() * tensor.element_size(),
-        )
-        index = self._count(frame)
-        self.saved.append([frame.slot if frame is not None else -1, index, number, form, len(rec.ops), [], ""])
-        if tensor.untyped_storage()._cdata in self.fixed:
-            return _Direct(len(self.saved) - 1, tensor)
-        return _StandIn(number, len(self.saved) - 1, tensor)
-
-    def _count(self, frame: Frame | None) -> int:
-        if frame is None:
-            self.outside += 1
-            return self.outside - 1
-        frame.packs += 1
-        return frame.packs - 1
-
-    def _name_cast(self, store: Any, tensor: torch.Tensor, frame: Frame) -> None:
-        """Autocast's low-precision copies of weights: recognisable, so that no policy moves them."""
-        for name, parameter in frame.module._parameters.items():
-            if parameter is not None and parameter.dtype != tensor.dtype and parameter.numel() == tensor.numel():
-                store.name = f"cast of {frame.fqn + '.' if frame.fqn else ''}{name}"
-                return
-
-    def unpack(self, packed: Any) -> torch.Tensor:
-        rec = self.recorder
-        if packed.saved >= 0:
-            self.saved[packed.saved][5].append(len(rec.ops))
-            self.saved[packed.saved][6] = self.node  # at pack there is no telling which node it is for
-        if isinstance(packed, _Direct):
-            return packed.tensor
-        store = rec.stores[packed.store]
-        if store.need < 0:
-            store.need = len(rec.ops)
-        storage = store.ref()
-        if storage is not None:
-            store.held = store.held or "output"
-        elif store.restored is not None:
-            storage = store.restored()
-        rec.active = False
-        # the fake mode's dispatch cache would keep the storage that set_ is given
-        cached, self.mode.cache_enabled = self.mode.cache_enabled, False
-        try:
-            with torch.no_grad():
-                if storage is None:
-                    storage = torch.empty(store.nbytes, dtype=torch.uint8, device=self.device).untyped_storage()
-                    rec.alias(storage, packed.store)
-                tensor = torch.empty(0, dtype=packed.dtype, device=self.device)
-                tensor.set_(storage, packed.offset, packed.shape, packed.stride)
-        finally:
-            rec.active = True
-            self.mode.cache_enabled = cached
-        return tensor
-
-    # -- backward ----------------------------------------------------------------------------------
-
-    def backward(self, loss: torch.Tensor) -> None:
-        rec = self.recorder
-        rec.phase = "backward"
-        numbers = [number for number, _ in self.changes]
-
-        def on_node(node: Any) -> None:
-            self.node = str(node.name())
-            sequence = int(node._sequence_nr())
-            if sequence < 2**62:  # AccumulateGrad has the largest: it stays with the node before it
-                rec.module = self.changes[bisect_right(numbers, sequence) - 1][1]
-
-        def on_grad(grad: torch.Tensor) -> None:
-            if grad.device.type == self.device and grad.layout is torch.strided:
-                store = rec.stores[rec.store_of(grad)]
-                store.category = store.category or "gradient"
-
-        with torch.no_grad():
-            walk(loss, on_node, on_grad)
-        rec.module = -1
 
 
 def capture_model(
@@ -252,7 +92,7 @@ def capture_model(
             "torch (it needs no GPU), or capture for the CPU (device='cpu')"
         )
     given: Any = None
-    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+    with stage.undisturbed(), FakeTensorMode(allow_non_fake_inputs=False) as mode:
         try:
             if isinstance(model, nn.Module):
                 fake = stage.faked(mode, device, model)
@@ -278,7 +118,7 @@ def capture_model(
             given = tree_map_only(
                 torch.Tensor, lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t, given
             )
-        capture = _Capture(fake, device, mode)
+        capture = Watch(fake, device, mode)
         _run(capture, given, targets, loss or summed_loss, precision, optimizer, name or built)
         if device == "cuda":
             corrections.append(
@@ -290,7 +130,7 @@ def capture_model(
 
 
 def _run(
-    capture: _Capture,
+    capture: Watch,
     given: Any,
     targets: Any,
     loss: Callable[[Any], torch.Tensor],
@@ -323,7 +163,9 @@ def _run(
             try:
                 with contextlib.ExitStack() as stack:
                     if capture.device == "cuda":
-                        stack.enter_context(HardwareAttention())
+                        stack.enter_context(HardwareAttention().everywhere())
+                    stack.enter_context(capture.hooks.noted())
+                    stack.enter_context(capture.walk.instead_of_the_engine())
                     stack.enter_context(rec)
                     results = _forward_backward(capture, given, loss, precision)
                     if steps is not None:
@@ -338,7 +180,7 @@ def _run(
         raise _explained(capture, error, name) from error
 
 
-def _forward_backward(capture: _Capture, given: Any, loss: Callable[[Any], torch.Tensor], precision: str) -> Any:
+def _forward_backward(capture: Watch, given: Any, loss: Callable[[Any], torch.Tensor], precision: str) -> Any:
     args, kwargs = given
     dtype = _AUTOCAST.get(precision)
     with (
@@ -347,7 +189,7 @@ def _forward_backward(capture: _Capture, given: Any, loss: Callable[[Any], torch
     ):
         output = capture.model(*args, **kwargs)
         value = loss(output)
-    if value.numel() != 1 or value.grad_fn is None:
+    if value.numel() != 1 or creator(value) is None:
         raise UsageError(f"the loss has shape {tuple(value.shape)} and must be one number that needs a gradient")
     capture.backward(value)
     return output, value
@@ -366,7 +208,7 @@ def _first_step(steps: torch.optim.Optimizer, rec: Recorder, device: str) -> Non
                 rec.stores[rec.store_of(tensor)].category = "optimizer_state"
 
 
-def _explained(capture: _Capture, error: Exception, name: str) -> CaptureError:
+def _explained(capture: Watch, error: Exception, name: str) -> CaptureError:
     where = capture.broken or capture.frame
     module = f"module {where.fqn or '<model>'} ({type(where.module).__name__})" if where else "the loss or backward"
     last = capture.recorder.ops[-1].name if capture.recorder.ops else "none"

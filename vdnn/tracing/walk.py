@@ -1,66 +1,265 @@
-"""Backward without the autograd engine: the graph's nodes called from Python, in the engine's order."""
+"""Backward without the autograd engine: the graph's nodes called from Python, in the engine's order.
+
+The engine asks for the device of what it runs; a node that is called does not. Highest sequence number first
+among the nodes all of whose users are done. `Backward.engine` takes the engine's place for library code that
+calls backward itself: reentrant checkpointing in backward, gradient penalties in forward.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-__all__ = ["walk"]
+from vdnn.tracing.hooks import NotedHooks
+
+__all__ = ["Backward"]
+
+Grads = dict[int, torch.Tensor]
 
 
-def walk(loss: torch.Tensor, on_node: Callable[[Any], None], on_grad: Callable[[torch.Tensor], None]) -> None:
-    """Run backward of `loss`: highest sequence number first among the nodes all of whose users are done."""
-    root: Any = loss.grad_fn
-    waiting: dict[Any, int] = {root: 0}
-    stack = [root]
-    while stack:
-        node = stack.pop()
-        for following, _ in node.next_functions:
-            if following is None:
-                continue
-            if following not in waiting:
-                waiting[following] = 0
-                stack.append(following)
-            waiting[following] += 1
-    first = torch.ones_like(loss)  # `Tensor.backward` holds it until it returns
-    on_grad(first)
-    grads: dict[Any, dict[int, torch.Tensor]] = {root: {0: first}}
-    order = 0
-    ready: list[tuple[int, int, Any]] = [(-_sequence(root), 0, root)]
-    while ready:
-        _, _, node = heapq.heappop(ready)
-        given = grads.pop(node, {})
-        on_node(node)
-        if type(node).__name__ == "AccumulateGrad":
-            _accumulate(node, given.pop(0, None), grads)
-            continue
-        results = _call(node, given) if given else ()
-        given.clear()
-        for slot, (following, place) in enumerate(node.next_functions):
-            if following is None:
-                continue
-            grad = results[slot] if slot < len(results) else None
-            if grad is not None:
-                grad = _fitted(grad, following, place)
-                on_grad(grad)
-                held = grads.setdefault(following, {})
-                held[place] = held[place] + grad if place in held else grad
-            waiting[following] -= 1
-            if waiting[following] == 0:
+class _Kept:
+    """A tensor saved while backward runs; emptied when its node is done, as the engine does."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor: torch.Tensor | None = tensor
+
+
+class Backward:
+    """Runs backward. `on_node` hears of each node before it runs, `on_done` after, `on_grad` of each gradient."""
+
+    def __init__(
+        self,
+        hooks: NotedHooks,
+        on_node: Callable[[Any], None],
+        on_done: Callable[[Any], None],
+        on_grad: Callable[[torch.Tensor], None],
+        unseen: Callable[[], contextlib.AbstractContextManager[None]],
+    ) -> None:
+        self._hooks = hooks
+        self._on_node = on_node
+        self._on_done = on_done
+        self._on_grad = on_grad
+        self._unseen = unseen
+        self._opened: list[_Kept] = []
+
+    def of(self, loss: torch.Tensor) -> None:
+        """Backward of the step's loss."""
+        first = torch.ones_like(loss)  # `Tensor.backward` holds it until it returns
+        self._on_grad(first)
+        # what a node computes with gradients on (a checkpoint's forward) is saved in this graph only
+        with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(self._keep, self._give):
+            self._run([_edge(loss)], [first], retain=False)
+
+    @contextlib.contextmanager
+    def instead_of_the_engine(self) -> Iterator[None]:
+        with (
+            mock.patch.object(torch.autograd, "_engine_run_backward", self.engine),
+            mock.patch.object(torch.autograd.graph, "_engine_run_backward", self.engine),
+        ):
+            yield
+
+    def engine(
+        self,
+        outputs: Sequence[Any],
+        grads: Sequence[torch.Tensor | None],
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Sequence[Any] = (),
+        allow_unreachable: bool = False,
+        accumulate_grad: bool = False,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """As torch's `_engine_run_backward`."""
+        edges = [_edge(output) for output in outputs]
+        given = [torch.ones_like(output) if grad is None else grad for output, grad in zip(outputs, grads, strict=True)]
+        wanted = [_edge(x) for x in inputs]
+        with torch.set_grad_enabled(create_graph):
+            found = self._run(edges, given, bool(retain_graph or create_graph), wanted)
+        if not accumulate_grad:
+            if not allow_unreachable and any(edge not in found for edge in wanted):
+                raise RuntimeError("One of the differentiated Tensors appears to not have been used in the graph")
+            return tuple(found.get(edge) for edge in wanted)
+        for x, edge in zip(inputs, wanted, strict=True):
+            if edge in found:
+                x.grad = found[edge] if x.grad is None else x.grad + found[edge]
+        return ()
+
+    # -- the walk ----------------------------------------------------------------------------------
+
+    def _run(
+        self,
+        roots: Sequence[tuple[Any, int]],
+        first: Sequence[torch.Tensor],
+        retain: bool,
+        wanted: Sequence[tuple[Any, int]] = (),
+    ) -> dict[tuple[Any, int], torch.Tensor]:
+        waiting = _users(roots)
+        useful = _on_the_way(waiting, wanted) if wanted else None
+        ends = {node for node, _ in wanted}
+        found: dict[tuple[Any, int], torch.Tensor] = {}
+        grads: dict[Any, Grads] = {}
+        for (node, place), grad in zip(roots, first, strict=True):
+            _add(grads.setdefault(node, {}), place, _fitted(grad, node, place))
+        order = 0
+        ready: list[tuple[int, int, Any]] = []
+        for node in dict.fromkeys(node for node, _ in roots):
+            if waiting[node] == 0:
+                heapq.heappush(ready, (-int(node._sequence_nr()), order, node))
                 order += 1
-                heapq.heappush(ready, (-_sequence(following), order, following))
-            grad = None
-        results = ()
+        while ready:
+            _, _, node = heapq.heappop(ready)
+            given = grads.pop(node, {})
+            if useful is not None and node not in useful and node not in ends:
+                continue
+            self._on_node(node)
+            accumulates = type(node).__name__ == "AccumulateGrad"
+            if accumulates:
+                _leaf_hooks(node, given)
+            else:
+                self._hooks.on_tensors(node, given)
+            for edge in wanted:
+                if edge[0] is node and edge[1] in given:
+                    found[edge] = given[edge[1]]
+            if useful is not None and node not in useful:
+                continue
+            if accumulates:
+                _accumulate(node, given.pop(0, None), grads)
+                self._on_done(node)
+                continue
+            results = self._call(node, given, retain)
+            for slot, (following, place) in enumerate(node.next_functions):
+                if following is None:
+                    continue
+                if slot < len(results) and results[slot] is not None:
+                    self._on_grad(results[slot])
+                    _add(grads.setdefault(following, {}), place, results[slot])
+                    results[slot] = None
+                waiting[following] -= 1
+                if waiting[following] == 0:
+                    heapq.heappush(ready, (-int(following._sequence_nr()), order, following))
+                    order += 1
+            self._on_done(node)
+        return found
+
+    def _call(self, node: Any, given: Grads, retain: bool) -> list[Any]:
+        """The node's gradients, fitted to the nodes that they go to: all of them before the first goes there."""
+        python = isinstance(node, BackwardCFunction) or not callable(node)
+        zeros = python and getattr(node, "vdnn_zeros", True)
+        if not given and not zeros:
+            return []
+        meta = node._input_metadata
+        grads: list[Any] = [given.get(i) for i in range(max(len(meta), 1))]
+        given.clear()
+        if zeros:
+            grads = [
+                torch.zeros(m.shape, dtype=m.dtype, device=m.device) if grad is None else grad
+                for grad, m in zip(grads, meta, strict=True)
+            ]
+        grads = self._hooks.before_node(node, grads)
+        watched = tuple(grads) if self._hooks.watched_after(node) else ()
+        outer, self._opened = self._opened, []
+        try:
+            results = node.apply(*grads) if python else node(*grads)
+        finally:
+            opened, self._opened = self._opened, outer
+        if not retain:
+            for kept in opened:
+                kept.tensor = None
+        del grads
+        fitted = list(results) if isinstance(results, tuple) else [results]
+        if python:
+            fitted = _per_edge(node, fitted)
+        results = None
+        for slot, (following, place) in enumerate(node.next_functions):
+            if following is not None and slot < len(fitted) and fitted[slot] is not None:
+                fitted[slot] = _fitted(fitted[slot], following, place)
+        return list(self._hooks.after_node(node, tuple(fitted), watched)) if watched else fitted
+
+    def _keep(self, tensor: torch.Tensor) -> _Kept:
+        with self._unseen():
+            return _Kept(tensor.detach())
+
+    def _give(self, kept: _Kept) -> torch.Tensor:
+        if kept.tensor is None:
+            raise RuntimeError("backward ran a second time through a part of the graph that was freed")
+        self._opened.append(kept)
+        return kept.tensor
 
 
-def _sequence(node: Any) -> int:
-    return int(node._sequence_nr())
+def _per_edge(node: Any, grads: list[Any]) -> list[Any]:
+    """A custom function gives a gradient for every argument; its node has edges for those that are tensors.
+
+    Raises:
+        RuntimeError: the function gave fewer gradients than it has arguments that need one.
+    """
+    needed = node.needs_input_grad
+    if len(grads) < len(needed) and any(needed[len(grads) :]):
+        raise RuntimeError(f"{node.name()} returned {len(grads)} gradients for {len(needed)} arguments")
+    wanted = iter([grad for grad, need in zip(grads, needed, strict=False) if need])
+    return [next(wanted, None) if following is not None else None for following, _ in node.next_functions]
 
 
-def _accumulate(node: Any, grad: torch.Tensor | None, grads: dict[Any, dict[int, torch.Tensor]]) -> None:
+def _edge(tensor: Any) -> tuple[Any, int]:
+    if isinstance(tensor, GradientEdge):
+        return getattr(tensor.node, "_node", tensor.node), tensor.output_nr
+    with torch._C.DisableTorchFunction():
+        edge = get_gradient_edge(tensor)
+    return edge.node, edge.output_nr
+
+
+def _users(roots: Sequence[tuple[Any, int]]) -> dict[Any, int]:
+    """How many edges lead to each node that can be reached."""
+    users = {node: 0 for node, _ in roots}
+    stack = list(users)
+    while stack:
+        for following, _ in stack.pop().next_functions:
+            if following is None:
+                continue
+            if following not in users:
+                users[following] = 0
+                stack.append(following)
+            users[following] += 1
+    return users
+
+
+def _on_the_way(users: dict[Any, int], wanted: Sequence[tuple[Any, int]]) -> set[Any]:
+    """Nodes that must run so that the gradients at these edges are known."""
+    before: dict[Any, list[Any]] = {}
+    for node in users:
+        for following, _ in node.next_functions:
+            if following is not None:
+                before.setdefault(following, []).append(node)
+    useful: set[Any] = set()
+    stack = [node for node, _ in wanted]
+    while stack:
+        for node in before.get(stack.pop(), ()):
+            if node not in useful:
+                useful.add(node)
+                stack.append(node)
+    return useful
+
+
+def _add(held: Grads, place: int, grad: torch.Tensor) -> None:
+    held[place] = held[place] + grad if place in held else grad
+
+
+def _leaf_hooks(node: Any, given: Grads) -> None:
+    for hook in tuple((node.variable._backward_hooks or {}).values()):
+        if 0 in given:
+            other = hook(given[0])
+            if other is not None:
+                given[0] = other
+
+
+def _accumulate(node: Any, grad: torch.Tensor | None, grads: dict[Any, Grads]) -> None:
     """What the AccumulateGrad node does: keep a gradient that nobody else holds, copy one that somebody does.
 
     Called from Python the node would always copy, since Python holds the gradient too.
@@ -69,35 +268,32 @@ def _accumulate(node: Any, grad: torch.Tensor | None, grads: dict[Any, dict[int,
         return
     variable = node.variable
     shared = any(other is grad for pending in grads.values() for other in pending.values())
-    dense = torch._prims_common.is_non_overlapping_and_dense_or_false(variable)
-    fits = grad.stride() == variable.stride() if dense else grad.is_contiguous()
-    if variable.grad is None and fits and not shared:
+    if variable.grad is None and not shared and not torch.is_grad_enabled() and _obeys_layout(grad, variable):
         variable.grad = grad.detach()
+        for hook in tuple((getattr(variable, "_post_accumulate_grad_hooks", None) or {}).values()):
+            hook(variable)
     else:
-        node(grad)
-    for hook in (getattr(variable, "_post_accumulate_grad_hooks", None) or {}).values():
-        hook(variable)
+        node(grad)  # runs those hooks, too
 
 
-def _call(node: Any, given: dict[int, torch.Tensor]) -> tuple[Any, ...]:
-    meta = node._input_metadata
-    python = not callable(node)
-    arguments = [given.get(i) for i in range(max(len(meta), 1))]
-    if python:
-        arguments = [
-            torch.zeros(m.shape, dtype=m.dtype, device=m.device) if a is None else a
-            for a, m in zip(arguments, meta, strict=True)
-        ]
-    given.clear()
-    results = node.apply(*arguments) if python else node(*arguments)
-    return results if isinstance(results, tuple) else (results,)
+def _obeys_layout(grad: torch.Tensor, variable: torch.Tensor) -> bool:
+    """torch/csrc/autograd/utils/grad_layout_contract.h: strides of dimensions of size 1 do not matter, unless 0."""
+    if not torch._prims_common.is_non_overlapping_and_dense_or_false(variable):
+        return grad.is_contiguous()
+    return all(
+        ours == theirs if size != 1 else ours != 0
+        for size, ours, theirs in zip(grad.shape, grad.stride(), variable.stride(), strict=True)
+    )
 
 
 def _fitted(grad: torch.Tensor, node: Any, place: int) -> torch.Tensor:
+    """The engine's `validate_outputs`: summed over what was broadcast, cast to what the forward had."""
     meta = node._input_metadata
     if place >= len(meta):
         return grad
-    shape, dtype = meta[place].shape, meta[place].dtype
-    if grad.shape != shape:
+    shape, dtype = tuple(meta[place].shape), meta[place].dtype
+    if tuple(grad.shape) != shape:
+        if not torch.is_tensor(grad) or grad.dim() < len(shape):
+            raise RuntimeError(f"{node.name()} was given a gradient of shape {tuple(grad.shape)} for {shape}")
         grad = grad.sum_to_size(shape)
     return grad if grad.dtype == dtype else grad.to(dtype)
