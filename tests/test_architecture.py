@@ -36,6 +36,7 @@ LAYERS = {
     "experiment": 8,
     "training": 8,
     "deciding": 8,
+    "trace_cache": 8,
     "integrations": 8,
     "cli": 8,
     "__init__": 8,

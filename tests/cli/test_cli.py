@@ -8,6 +8,7 @@ import gzip
 import importlib.metadata
 import io
 import json
+import os
 import subprocess
 import sys
 import traceback
@@ -184,3 +185,25 @@ def test_every_command_has_an_example() -> None:
     for command in ("run", "capture", "plan", "simulate", "compare", "experiment", "report", "list"):
         assert command in listed
         assert f"Example: vdnn {command}" in vdnn(command, "--help").stdout
+
+
+def test_a_second_look_at_a_model_needs_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from vdnn.cli.main import main\n"
+        "try:\n    main()\nfinally:\n    print('torch' in sys.modules, file=sys.stderr)"
+    )
+
+    def simulated(*more: str) -> tuple[str, str]:
+        done = subprocess.run(
+            [sys.executable, "-c", code, "simulate", "demo:cnn", "--batch", "2", "--gpu", "t4", "--json", *more],
+            capture_output=True, text=True, check=True, env={**os.environ, "VDNN_CACHE": str(tmp_path)},
+        )  # fmt: skip
+        return done.stdout, done.stderr.split()[-1]
+
+    first, loaded = simulated()
+    assert loaded == "True"
+    again, loaded = simulated()
+    assert loaded == "False"
+    assert again == first
+    assert simulated("-O", "image_size=32")[1] == "True"
+    assert simulated("--no-cache") == (first, "True")

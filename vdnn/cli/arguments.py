@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vdnn import api
+from vdnn import api, trace_cache
 from vdnn.errors import UsageError
 from vdnn.values import RunResult, Trace
 from vdnn.values import load as load_value
@@ -24,6 +24,7 @@ __all__ = [
     "Json",
     "Model",
     "ModelOptions",
+    "NoCache",
     "Optimizer",
     "Output",
     "Policy",
@@ -50,6 +51,7 @@ ModelOptions = Annotated[
     list[str] | None, typer.Option("-O", metavar="KEY=VALUE", help="A model option: image_size=64.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Capture anew, and keep nothing.")]
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="Write the value to this file.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite the output.")]
 
@@ -70,16 +72,28 @@ def model_options(texts: list[str] | None) -> dict[str, object]:
 
 
 def trace_of(
-    model: str, batch: str, precision: str, optimizer: str, texts: list[str] | None, device: str = "cuda"
+    model: str,
+    batch: str,
+    precision: str,
+    optimizer: str,
+    texts: list[str] | None,
+    device: str = "cuda",
+    no_cache: bool = False,
 ) -> Trace:
-    """The trace in a file, or of a model by name."""
+    """The trace in a file, or of a model by name: one that was captured before, unless `no_cache`."""
     if model.endswith((".json", ".json.gz")):
         loaded = load_value(model, "trace")
         assert isinstance(loaded, Trace)
         return loaded
-    with busy(f"capturing {model}"):
-        work = api.load(model, batch, **model_options(texts))
-        return api.capture(work, precision=precision, optimizer=optimizer, device=device)
+    options = model_options(texts)
+    key = None if no_cache else trace_cache.key_of(model, batch, options, precision, optimizer, device)
+    found = trace_cache.known(key)
+    if found is None:
+        with busy(f"capturing {model}"):
+            work = api.load(model, batch, **options)
+            found = api.capture(work, precision=precision, optimizer=optimizer, device=device)
+        trace_cache.keep(key, found)
+    return found
 
 
 def must_be_free(path: Path | None, force: bool) -> None:

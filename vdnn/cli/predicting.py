@@ -17,6 +17,7 @@ from vdnn.cli.arguments import (
     Json,
     Model,
     ModelOptions,
+    NoCache,
     Optimizer,
     Output,
     Policy,
@@ -42,6 +43,7 @@ def capture(
     optimizer: Optimizer = "none",
     device: Annotated[str, typer.Option(help="cuda, or cpu for the virtual device.")] = "cuda",
     options: ModelOptions = None,
+    no_cache: NoCache = False,
     force: Force = False,
 ) -> None:
     """Write one training step of a model down, without a GPU.
@@ -49,7 +51,7 @@ def capture(
     Example: vdnn capture torchvision:resnet50 --batch 64 -o resnet50.json.gz
     """
     must_be_free(output, force)
-    write_value(trace_of(model, batch, precision, optimizer, options, device), output)
+    write_value(trace_of(model, batch, precision, optimizer, options, device, no_cache), output)
 
 
 def plan(
@@ -63,6 +65,7 @@ def plan(
     rules: Rules = "event",
     device: Annotated[str, typer.Option(help="cuda, or cpu for `vdnn run` on the virtual device.")] = "cuda",
     options: ModelOptions = None,
+    no_cache: NoCache = False,
     output: Output = None,
     force: Force = False,
 ) -> None:
@@ -75,7 +78,7 @@ def plan(
     must_be_free(output, force)
     must_be_one(policy=policy, budget=budget)
     hardware(gpu)
-    trace = trace_of(model, batch, precision, optimizer, options, device)
+    trace = trace_of(model, batch, precision, optimizer, options, device, no_cache)
     made = api.plan(trace, gpu, policy, budget=budget or None, rules=rules)
     typer.echo(as_text(plan_report(made)), nl=False)
     write_value(made, output)
@@ -92,6 +95,7 @@ def simulate(
     optimizer: Optimizer = "none",
     rules: Rules = "event",
     options: ModelOptions = None,
+    no_cache: NoCache = False,
     as_json: Json = False,
     perfetto: Annotated[Path | None, typer.Option(help="Write the streams as a Chrome trace: NAME.json.")] = None,
     output: Output = None,
@@ -106,7 +110,7 @@ def simulate(
     must_be_one(policy=policy, budget=budget, plan=plan_file)
     hardware(gpu)
     made = load_value(plan_file, "plan") if plan_file is not None else None
-    trace = trace_of(model, batch, precision, optimizer, options)
+    trace = trace_of(model, batch, precision, optimizer, options, no_cache=no_cache)
     if made is None:
         made = api.plan(trace, gpu, policy or ("" if budget else "none"), budget=budget or None, rules=rules)
     assert isinstance(made, Plan)
@@ -135,6 +139,7 @@ def compare(
     optimizer: Optimizer = "none",
     rules: Rules = "event",
     options: ModelOptions = None,
+    no_cache: NoCache = False,
     as_json: Json = False,
     figure: Annotated[Path | None, typer.Option(help="Draw the comparison: NAME.png, .svg or .pdf.")] = None,
     force: Force = False,
@@ -152,7 +157,7 @@ def compare(
     hardware(gpu)
     if figure is not None and figure.exists() and not force:
         raise UsageError(f"{figure} exists: give another name, or --force to overwrite it")
-    trace = trace_of(model, batch, precision, optimizer, options)
+    trace = trace_of(model, batch, precision, optimizer, options, no_cache=no_cache)
     ordered = ["none", *(name for name in chosen if name != "none")]
     results = [api.simulate(trace, api.plan(trace, gpu, name, rules=rules), gpu) for name in ordered]
     show_results(results, as_json)

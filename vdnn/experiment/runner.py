@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vdnn import api
+from vdnn import api, trace_cache
 from vdnn.experiment.spec import SINGLE, Case, Experiment, iter_steps
 from vdnn.models import Work
 from vdnn.reporting import provenance
@@ -77,7 +77,13 @@ class _Runner:
 
             place = find_place(first.device)
             device = "cuda" if place == "cuda" else "cpu"
-        trace = api.capture(work, precision=first.precision, optimizer=first.optimizer, device=device)
+        key = trace_cache.key_of(
+            first.model, str(first.batch), dict(first.options), first.precision, first.optimizer, device
+        )
+        trace = trace_cache.known(key)
+        if trace is None:
+            trace = api.capture(work, precision=first.precision, optimizer=first.optimizer, device=device)
+            trace_cache.keep(key, trace)
         if first.kind == "simulate":
             for case in cases:
                 self._simulate(case, trace)
