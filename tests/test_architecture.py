@@ -25,6 +25,7 @@ LAYERS = {
     "costs": 4,
     "planner": 5,
     "calls": 6,
+    "checkpointing": 6,
     "ledger": 6,
     "tracing": 6,
     "models": 6,

@@ -1,0 +1,108 @@
+"""Checkpointing of repeated blocks: found by structure, exact to the bit, buffers updated once, undone whole."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import vdnn
+from vdnn.checkpointing import blocks_of, checkpoint_blocks
+from vdnn.errors import EngineError, UsageError
+
+FAMILIES = {
+    "torchvision:resnet18": ("layer1.0", 8),
+    "torchvision:densenet121": ("features.denseblock1.denselayer1", 58),
+    "torchvision:vit_b_16": ("encoder.layers.encoder_layer_0", 12),
+    "torchvision:swin_t": ("features.1.0", 15),
+    "hf:gpt2": ("transformer.h.0", 12),
+    "hf:bert-base": ("bert.encoder.layer.0", 12),
+    "demo:transformer": ("blocks.0", 4),
+    "torchvision:vgg16": ("", 0),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_repeated_blocks_are_found_by_structure(name: str) -> None:
+    first, number = FAMILIES[name]
+    with torch.device("meta"):
+        model = vdnn.load(name, batch=1).build()
+    found = blocks_of(model)
+    assert len(found) == number
+    assert found[:1] == ([first] if first else [])
+
+
+def step(model: nn.Module, work) -> list[torch.Tensor]:
+    torch.manual_seed(3)
+    args, kwargs = work.inputs("cpu")
+    loss = work.loss(model(*args, **kwargs), work.targets("cpu"))
+    loss.backward()
+    found = [loss.detach(), *(p.grad.clone() for p in model.parameters()), *(b.clone() for b in model.buffers())]
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+CASES = [("torchvision:resnet18", {"image_size": 64}), ("demo:transformer", {}), ("demo:cnn", {})]
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_gradients_and_statistics_stay_bit_for_bit(name: str, options: dict[str, object]) -> None:
+    work = vdnn.load(name, batch=2, **options)
+    torch.manual_seed(0)
+    model = work.build()
+    plain = copy.deepcopy(model)
+    expected = step(plain, work) + step(plain, work)
+    keys = list(model.state_dict())
+    undo = checkpoint_blocks(model)
+    packs: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packs.append(t.numel()) or t, lambda t: t):
+        got = step(model, work)
+    checkpointed = len(packs)
+    got += step(model, work)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert list(model.state_dict()) == keys
+    undo()
+    packs.clear()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packs.append(t.numel()) or t, lambda t: t):
+        step(model, work)
+    assert checkpointed < len(packs) // 2
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_a_copy_of_a_checkpointed_model_computes_with_its_own_weights() -> None:
+    work = vdnn.load("demo:transformer", batch=1)
+    model = work.build()
+    undo = checkpoint_blocks(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            for p in twin.parameters():
+                p.zero_()
+        args, _ = work.inputs("cpu")
+        assert float(twin(*args).detach().abs().max()) == 0.0
+    undo()
+
+
+def test_blocks_can_be_named_and_wrong_names_are_told() -> None:
+    model = vdnn.load("demo:transformer", batch=1).build()
+    undo = checkpoint_blocks(model, ["blocks.1", "blocks.2*"])
+    assert [fqn for fqn, m in model.named_modules() if "forward" in m.__dict__] == ["blocks.1", "blocks.2"]
+    with pytest.raises(EngineError, match=r"blocks\.1 is checkpointed already"):
+        checkpoint_blocks(model, ["blocks.1"])
+    undo()
+    with pytest.raises(UsageError, match=r"no module of SmallTransformer is named like 'layer\.\*'"):
+        checkpoint_blocks(model, ["layer.*"])
+    with pytest.raises(UsageError, match="VGG has no repeated blocks"):
+        checkpoint_blocks(vdnn.load("torchvision:vgg11", batch=1).build())
+
+
+def test_without_gradients_nothing_is_recomputed() -> None:
+    work = vdnn.load("demo:transformer", batch=1)
+    model = work.build().eval()
+    args, _ = work.inputs("cpu")
+    expected = model(*args).detach()
+    checkpoint_blocks(model)
+    with torch.no_grad():
+        assert torch.equal(model(*args), expected)

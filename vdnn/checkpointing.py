@@ -1,0 +1,112 @@
+"""Checkpointing of a model's repeated blocks: keep their inputs, recompute the rest in backward.
+
+    undo = checkpoint_blocks(model)            the blocks are found; or named: ["layers.*"]
+    …train…
+    undo()
+
+It is `torch.utils.checkpoint` (non-reentrant) around each block's forward, with one thing put right: buffers that
+forward updates, such as the statistics of a batch norm, are updated once, not again by the recomputation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from vdnn.errors import EngineError, UsageError
+
+__all__ = ["blocks_of", "checkpoint_blocks"]
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def blocks_of(model: nn.Module) -> list[str]:
+    """Names of the repeated blocks: siblings of one class that have modules of their own, the outermost first.
+
+    Containers are no blocks, but what they hold may be. A model without repetition has none.
+    """
+    found: list[str] = []
+
+    def look(module: nn.Module, fqn: str) -> None:
+        children = [(name, child) for name, child in module.named_children() if child is not None]
+        kinds = [type(child) for _, child in children]
+        for name, child in children:
+            path = f"{fqn}.{name}" if fqn else name
+            inner = any(True for _ in child.children())
+            if inner and not isinstance(child, _CONTAINERS) and kinds.count(type(child)) > 1:
+                found.append(path)
+            elif inner:
+                look(child, path)
+
+    look(model, "")
+    return found
+
+
+def checkpoint_blocks(model: nn.Module, patterns: Sequence[str] = ()) -> Callable[[], None]:
+    """Checkpoint the model's blocks (those whose names match a pattern, if any is given); returns what undoes it.
+
+    Raises:
+        UsageError: no repeated blocks, or a pattern that no module's name matches.
+        EngineError: a block is checkpointed already.
+    """
+    names = [fqn for fqn, _ in model.named_modules() if fqn]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise UsageError(f"no module of {type(model).__name__} is named like {pattern!r}, such as {names[:4]}")
+    chosen = [fqn for fqn in names if any(fnmatch.fnmatch(fqn, p) for p in patterns)] if patterns else blocks_of(model)
+    # a block inside a block would be recomputed twice
+    outermost = [fqn for fqn in chosen if not any(fqn.startswith(f"{other}.") for other in chosen)]
+    if not outermost:
+        raise UsageError(
+            f"{type(model).__name__} has no repeated blocks to checkpoint: name the modules to recompute, "
+            f"such as {names[:4]}"
+        )
+    blocks = [model.get_submodule(fqn) for fqn in outermost]
+    for fqn, block in zip(outermost, blocks, strict=True):
+        if isinstance(block.__dict__.get("forward"), _Recomputed):
+            raise EngineError(f"{fqn} is checkpointed already: undo that first")
+    for block in blocks:
+        block.forward = _Recomputed(block, block.__dict__.get("forward"))
+
+    def undo() -> None:
+        for block in blocks:
+            ours = block.__dict__.pop("forward", None)
+            if isinstance(ours, _Recomputed) and ours.before is not None:
+                block.forward = ours.before
+
+    return undo
+
+
+class _Recomputed:
+    """A block's forward under checkpoint. `before` is an instance's own forward, of another library."""
+
+    def __init__(self, block: nn.Module, before: Callable[..., Any] | None) -> None:
+        self.block = block
+        self.before = before
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        forward = self.before or type(self.block).forward.__get__(self.block)
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=self._contexts, **kwargs)
+
+    def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return contextlib.nullcontext(), self._buffers_as_before()
+
+    @contextlib.contextmanager
+    def _buffers_as_before(self) -> Iterator[None]:
+        buffers = list(self.block.buffers())
+        before = [buffer.detach().clone() for buffer in buffers]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, value in zip(buffers, before, strict=True):
+                    buffer.copy_(value)
