@@ -185,14 +185,30 @@ def test_on_demand_the_whole_copy_back_is_a_stall():
     assert [(s.cause, s.end_ns - s.start_ns) for s in result.timeline.stalls][-1] == ("fetch", 1000)
 
 
-def test_fits_is_judged_on_the_limit():
-    trace, machine = conv_chain(), hardware("titan-x")
-    peak = simulate_step(trace, None, machine).peak_requested_bytes
-    assert simulate_step(trace, None, machine, memory_limit=peak).fits is True
-    result = simulate_step(trace, None, machine, memory_limit=peak - 1)
+def test_fits_is_what_the_allocator_says_within_the_limit():
+    """What is reserved without a limit is enough as a limit; less than what is allocated cannot be."""
+    trace, machine = conv_chain(batch=512), hardware("titan-x")
+    free = simulate_step(trace, None, machine)
+    assert free.fits is True
+    assert free.notes == ()
+    assert free.peak_requested_bytes <= free.peak_allocated_bytes <= free.peak_reserved_bytes
+    assert simulate_step(trace, None, machine, memory_limit=free.peak_reserved_bytes) == free
+    tight = simulate_step(trace, None, machine, memory_limit=free.peak_reserved_bytes - 1)
+    assert tight.fits is True
+    assert tight.peak_reserved_bytes < free.peak_reserved_bytes
+    assert "cached segments are given back" in tight.notes[0]
+    result = simulate_step(trace, None, machine, memory_limit=free.peak_allocated_bytes - 1)
     assert result.fits is False
-    assert "requested" in result.notes[0]
-    assert result.peak_allocated_bytes is None
-    assert result.peak_reserved_bytes is None
+    assert result.notes[0].startswith("out of memory with 158.2 MiB: at max_pool2d_backward in pool3#0")
+    assert replace(result, fits=True, notes=()) == free
     with pytest.raises(UsageError, match="memory limit of 0"):
         simulate_step(trace, None, machine, memory_limit=0)
+
+
+def test_a_step_for_the_virtual_device_has_no_such_allocator():
+    trace, machine = replace(conv_chain(), device="cpu"), hardware("titan-x")
+    result = simulate_step(trace, None, machine)
+    assert result.peak_allocated_bytes is result.peak_reserved_bytes is None
+    assert "fits by requested bytes" in result.notes[0]
+    assert simulate_step(trace, None, machine, memory_limit=result.peak_requested_bytes).fits is True
+    assert simulate_step(trace, None, machine, memory_limit=result.peak_requested_bytes - 1).fits is False

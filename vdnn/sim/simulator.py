@@ -1,12 +1,13 @@
 """A step of a trace under a plan on a machine, as a `RunResult`.
 
     resolve the plan's points → moments        vdnn.liveness
-    memory from program order                  vdnn.liveness: exact, no clock needed
+    requested bytes from program order         vdnn.liveness: exact, no clock needed
+    allocated, reserved, and whether it fits   vdnn.sim.allocator_step: the CUDA caching allocator as a model
     time from streams and the link             vdnn.sim.run
 
-Requested memory is exact for the trace. What the CUDA caching allocator makes of it (allocated, reserved) is
-not modelled yet and therefore absent, so `fits` says only whether the *requested* peak is within the memory:
-a step that does not fit by it cannot run, a step that does may still fail on rounding and fragmentation.
+`fits` is what the allocator says with the GPU's memory (or the limit given) as its limit: cached segments are given
+back and the allocation is tried again, as on a device. What CUDA and its libraries take beside is not in it.
+A step of device "cpu" runs on a virtual device, which counts requested bytes and has no such allocator.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from vdnn.costs import op_times
 from vdnn.errors import UsageError
 from vdnn.liveness import host_bytes, op_text, peak
 from vdnn.moments import resolve
+from vdnn.sim.allocator_step import StepMemory, step_memory
 from vdnn.sim.recorder import Recorder
 from vdnn.sim.run import run
 from vdnn.units import format_bytes, format_ns
@@ -24,8 +26,6 @@ from vdnn.values.result import RunResult
 from vdnn.values.trace import Trace
 
 __all__ = ["simulate_step"]
-
-_ON_TOP = "allocator rounding and fragmentation come on top"
 
 
 def simulate_step(
@@ -44,8 +44,9 @@ def simulate_step(
     times = run(trace, moves, op_times(trace, hardware), hardware, recorder)
     most = peak(trace, moves)
     capacity = hardware.memory_bytes if memory_limit is None else memory_limit
-    fits = most.nbytes <= capacity
-    notes = [*(plan.notes if plan else ()), f"fits: requested bytes in {format_bytes(capacity)}; {_ON_TOP}"]
+    memory = step_memory(trace, moves, capacity) if trace.device != "cpu" else None
+    fits = memory.fits if memory else most.nbytes <= capacity
+    notes = [*(plan.notes if plan else ()), *_memory_notes(trace, memory, capacity)]
     if times.launch_idle_ns > times.total_ns // 100:
         notes.append(f"compute waits {format_ns(times.launch_idle_ns)} for the host to issue ops; not counted as stall")
     return RunResult(
@@ -58,6 +59,8 @@ def simulate_step(
         trace=trace.fingerprint(),
         plan=plan.fingerprint() if plan else "",
         peak_requested_bytes=most.nbytes,
+        peak_allocated_bytes=memory.peak_allocated_bytes if memory else None,
+        peak_reserved_bytes=memory.peak_reserved_bytes if memory else None,
         iteration_time_ns=times.total_ns,
         forward_time_ns=times.forward_ns,
         backward_time_ns=times.backward_ns,
@@ -71,3 +74,16 @@ def simulate_step(
         notes=tuple(notes),
         timeline=recorder.timeline() if recorder else None,
     )
+
+
+def _memory_notes(trace: Trace, memory: StepMemory | None, capacity: int) -> list[str]:
+    limit = format_bytes(capacity)
+    if memory is None:
+        return [f"fits by requested bytes in {limit}: a step of device {trace.device} has no caching allocator"]
+    if memory.failed_at is not None:
+        n = len(trace.ops)
+        where = "before the step" if memory.failed_at < 0 else f"at {op_text(trace, min(memory.failed_at, n - 1))}"
+        return [f"out of memory with {limit}: {where}; the peaks are those of unbounded memory"]
+    if memory.retries:
+        return [f"fits into {limit} because cached segments are given back {memory.retries} times, each a pause"]
+    return []
