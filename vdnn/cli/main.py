@@ -8,6 +8,7 @@ import sys
 import typer
 
 from vdnn.cli.predicting import capture, compare, plan, simulate
+from vdnn.cli.replaying import replay
 from vdnn.cli.running import experiment, run
 from vdnn.cli.showing import list_names, report
 from vdnn.errors import VdnnError
@@ -15,7 +16,7 @@ from vdnn.errors import VdnnError
 __all__ = ["app", "main"]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-for command in (run, capture, plan, simulate, compare, experiment, report):
+for command in (run, capture, plan, simulate, compare, experiment, report, replay):
     app.command()(command)
 app.command("list")(list_names)
 

@@ -10,7 +10,7 @@ from vdnn.sim.allocator.driver import Driver
 from vdnn.sim.allocator.options import SMALL_SEGMENT, AllocatorOptions
 from vdnn.sim.allocator.statistics import PoolStatistics
 
-__all__ = ["Event", "Pools", "Releasing"]
+__all__ = ["Event", "Pools", "Releasing", "whole_pages"]
 
 # action, address (out of memory: the device's free bytes), size, stream, context, pool
 Event = tuple[str, int, int, int, str, tuple[int, int]]
@@ -222,8 +222,7 @@ class Releasing:
         """Take the whole pages of a free block away."""
         shelf = block.shelf
         region = _region(block)
-        start = region.addr + -(-(block.addr - region.addr) // region.page) * region.page
-        stop = region.addr + (block.addr + block.size - region.addr) // region.page * region.page
+        start, stop = whole_pages(block)
         if start < stop:
             shelf.take(block)
             if block.addr < start:
@@ -294,6 +293,13 @@ class Releasing:
     def complete(self, block: Block) -> None:
         """The block is free now."""
         raise NotImplementedError
+
+
+def whole_pages(block: Block) -> tuple[int, int]:
+    """Where the pages that lie in a block as a whole begin and end; there are none if the end is not above."""
+    region = _region(block)
+    start = region.addr + -(-(block.addr - region.addr) // region.page) * region.page
+    return start, region.addr + (block.addr + block.size - region.addr) // region.page * region.page
 
 
 def _region(block: Block) -> Region:
