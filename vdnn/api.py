@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,13 +151,23 @@ def run(
         PlanMismatchError: the plan was made for another model, batch or device.
         DeviceOutOfMemory: the virtual device's memory is spent.
     """
+    from vdnn.models import checkpointed
+    from vdnn.policies import model_options
     from vdnn.training import find_place, run_policies
 
     place, machine = find_place(device), named_hardware(hardware)
-    trace = capture(work, precision=precision, optimizer=optimizer, device="cuda" if place == "cuda" else "cpu")
-    made = plan if plan is not None else _decide(trace, machine, policy, budget, options)
-    simulate(trace, made, machine)  # refuses a plan that is not for this trace, before anything runs
-    return list(run_policies(work, trace, [made], machine, place, steps=steps, seed=seed))[-1]
+    kind = "cuda" if place == "cuda" else "cpu"
+    trace = capture(work, precision=precision, optimizer=optimizer, device=kind)
+    again, its_trace = work, trace
+    if policy and "checkpoint" in model_options(policy) and "checkpoint" not in dict(work.options):
+        again = checkpointed(work)
+        its_trace = capture(again, precision=precision, optimizer=optimizer, device=kind)
+    made = plan if plan is not None else _decide(its_trace, machine, policy, budget, options)
+    simulate(its_trace, made, machine)  # refuses a plan that is not for this trace, before anything runs
+    cases: list[tuple[Work, Trace, Plan | None]] = [(work, trace, None)]
+    if made.policy != "none" or made.offloaded_bytes:
+        cases.append((again, its_trace, made))
+    return list(run_policies(cases, machine, place, steps=steps, seed=seed))[-1]
 
 
 def wrap(
@@ -168,6 +179,7 @@ def wrap(
     device: Device | None = None,
     hardware: str | Path | Hardware | None = None,
     optimizer: str = "adamw",
+    blocks: Sequence[str] = (),
     **options: Any,
 ) -> nn.Module:
     """Offload what autograd saves in the model's forward, in place; returns the model. `unwrap` undoes it.
@@ -178,29 +190,30 @@ def wrap(
     cannot be captured is offloaded by rule. One line in the log ("vdnn", level INFO) says what was decided.
 
     Args:
-        policy: decide by this policy instead ("vdnn-all", "vdnn-conv", "none").
+        policy: decide by this policy instead ("vdnn-all", "vdnn-conv", "none"; "checkpoint" and "checkpoint-offload"
+            recompute the model's repeated blocks).
         plan: execute this plan instead.
         budget: device memory for the step, "12GiB" or bytes, instead of all there is.
         device: default: the model's own. For a model on the CPU offload is inactive unless a virtual device is given.
         hardware: the machine to plan for; default: the device's.
         optimizer: whose states the step will have: "none", "sgd" or "adamw".
+        blocks: of the checkpoint policies: names of the modules to recompute ("layers.*"), instead of those found.
 
     Raises:
-        UsageError: an unknown policy, optimizer or option, or more than one of policy, plan and budget.
+        UsageError: an unknown policy, optimizer or option, more than one of policy, plan and budget, or no blocks.
         PlanMismatchError: the plan was made for another model.
         EngineError: the model is wrapped already.
         InfeasibleError: at the first training call: no plan fits the budget.
     """
-    from vdnn.deciding import Decider, machine_of
+    from vdnn.deciding import Decider, machine_of, recompute_blocks
     from vdnn.engine import CudaDevice, Schedule, wrap_model
-    from vdnn.policies import find
+    from vdnn.policies import model_options
     from vdnn.units import parse_size
 
     given = [name for name, value in (("policy", policy), ("plan", plan), ("budget", budget)) if value]
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} are both given: a model is wrapped by one of them")
-    if policy:
-        find(policy)
+    recomputes = bool(policy) and "checkpoint" in model_options(policy)
     if plan is not None:
         Schedule(plan).check_names({fqn for fqn, _ in model.named_modules()})
     chosen = _options(options)
@@ -221,6 +234,12 @@ def wrap(
         options=chosen,
     )
     wrap_model(model, device, decider.schedule)
+    if recomputes:
+        try:
+            recompute_blocks(model, blocks)
+        except UsageError:
+            unwrap(model)
+            raise
     return model
 
 
@@ -230,9 +249,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     Raises:
         EngineError: the model is not wrapped.
     """
+    from vdnn.deciding import keep_blocks
     from vdnn.engine import unwrap_model
 
     unwrap_model(model)
+    keep_blocks(model)
     return model
 
 

@@ -12,6 +12,8 @@ cannot be captured is offloaded by rule.
 from __future__ import annotations
 
 import logging
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
+from vdnn.checkpointing import checkpoint_blocks
 from vdnn.engine import CudaDevice, Device, Rule, Schedule, VirtualDevice
 from vdnn.errors import CaptureError, InfeasibleError, UsageError
 from vdnn.measure import available_bytes, recognised
@@ -29,9 +32,12 @@ from vdnn.tracing import OPTIMIZERS, capture_model
 from vdnn.units import format_bytes
 from vdnn.values import Hardware, Plan, Trace, hardware
 
-__all__ = ["Decider", "machine_of", "rule_for"]
+__all__ = ["Decider", "keep_blocks", "machine_of", "recompute_blocks", "rule_for"]
 
 log = logging.getLogger("vdnn")
+
+# What undoes the checkpointing of a wrapped model.
+_UNDO: weakref.WeakKeyDictionary[nn.Module, Callable[[], None]] = weakref.WeakKeyDictionary()
 
 # Of a real device's memory, what the allocator's rounding and fragmentation and other libraries may take.
 _HEADROOM = 20
@@ -135,6 +141,22 @@ class Decider:
             log.warning("vdnn: %s; going on with the plan that needs the least memory", error)
             least = replace(self.options, window_bytes=0, max_inflight_bytes=0, keep_soon=False)
             return decide("vdnn-all", trace, self.machine, least)
+
+
+def recompute_blocks(model: nn.Module, patterns: Sequence[str] = ()) -> None:
+    """Checkpoint a wrapped model's blocks until `keep_blocks`.
+
+    Raises:
+        UsageError: no repeated blocks, or no module of such a name.
+    """
+    _UNDO[model] = checkpoint_blocks(model, patterns)
+
+
+def keep_blocks(model: nn.Module) -> None:
+    """Undo `recompute_blocks`, if it was done."""
+    undo = _UNDO.pop(model, None)
+    if undo is not None:
+        undo()
 
 
 def machine_of(device: Device) -> Hardware:

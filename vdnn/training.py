@@ -1,6 +1,6 @@
 """Some real training steps of a work under plans, compared with the same steps without offload.
 
-    for run in run_policies(work, trace, plans, hardware, "virtual", …):   first without a plan, then each plan
+    for run in run_policies([(work, trace, None), (work, trace, plan), …], hardware, "virtual", …):
         run.predicted, run.measured, run.baseline
 
     plain = train(work, None, place, …)                   the steps as they are
@@ -82,9 +82,7 @@ class Run:
 
 
 def run_policies(
-    work: Work,
-    trace: Trace,
-    plans: Sequence[Plan],
+    cases: Sequence[tuple[Work, Trace, Plan | None]],
     hardware: Hardware,
     place: str,
     *,
@@ -92,17 +90,18 @@ def run_policies(
     seed: int = 0,
     progress: Callable[[str, int], None] = lambda policy, step: None,
 ) -> Iterator[Run]:
-    """Train without a plan, then by each plan. The first run compares two trainings without a plan.
+    """Train each case, and compare it with the first one, which has no plan: that one with itself, trained again.
 
     Args:
-        trace: of this work, for this place; its precision and optimizer are those of the runs.
+        cases: works, with their traces for this place, and plans. The works differ in what they recompute at most;
+            precision and optimizer are the traces'.
         progress: is told the policy and the number of each step that is done.
 
     Raises:
         UsageError, DeviceOutOfMemory, RaceError: as `train`.
     """
 
-    def trained(plan: Plan | None, expected: Sequence[Named] | None) -> Training:
+    def trained(work: Work, trace: Trace, plan: Plan | None, expected: Sequence[Named] | None) -> Training:
         name = plan.policy if plan else "none"
         return train(
             work,
@@ -117,9 +116,9 @@ def run_policies(
             progress=lambda step: progress(name, step),
         )
 
-    plain = trained(None, None)
-    for plan in (None, *(plan for plan in plans if plan.offloaded_bytes or plan.policy != "none")):
-        done = trained(plan, plain.steps)
+    plain = trained(*cases[0], None)
+    for work, trace, plan in cases:
+        done = trained(work, trace, plan, plain.steps)
         predicted = replace(simulate_step(trace, plan, hardware), provenance=provenance(torch=str(torch.__version__)))
         verdict = (
             f"{steps} steps: {done.compared} outputs, losses and gradients are torch.equal to those without offload"

@@ -79,13 +79,19 @@ def trace_of(
     texts: list[str] | None,
     device: str = "cuda",
     no_cache: bool = False,
+    policy: str = "",
 ) -> Trace:
-    """The trace in a file, or of a model by name: one that was captured before, unless `no_cache`."""
+    """The trace in a file, or of a model by name: one that was captured before, unless `no_cache`.
+
+    With a policy, of the step that the policy is for: one that recomputes blocks, if it does that.
+    """
+    from vdnn.policies import model_options as options_of
+
     if model.endswith((".json", ".json.gz")):
         loaded = load_value(model, "trace")
         assert isinstance(loaded, Trace)
         return loaded
-    options = model_options(texts)
+    options = {**(options_of(policy) if policy else {}), **model_options(texts)}
     key = None if no_cache else trace_cache.key_of(model, batch, options, precision, optimizer, device)
     found = trace_cache.known(key)
     if found is None:

@@ -78,7 +78,7 @@ def plan(
     must_be_free(output, force)
     must_be_one(policy=policy, budget=budget)
     hardware(gpu)
-    trace = trace_of(model, batch, precision, optimizer, options, device, no_cache)
+    trace = trace_of(model, batch, precision, optimizer, options, device, no_cache, policy)
     made = api.plan(trace, gpu, policy, budget=budget or None, rules=rules)
     typer.echo(as_text(plan_report(made)), nl=False)
     write_value(made, output)
@@ -110,12 +110,13 @@ def simulate(
     must_be_one(policy=policy, budget=budget, plan=plan_file)
     hardware(gpu)
     made = load_value(plan_file, "plan") if plan_file is not None else None
-    trace = trace_of(model, batch, precision, optimizer, options, no_cache=no_cache)
+    plain = trace_of(model, batch, precision, optimizer, options, no_cache=no_cache)
+    trace = trace_of(model, batch, precision, optimizer, options, no_cache=no_cache, policy=policy)
     if made is None:
         made = api.plan(trace, gpu, policy or ("" if budget else "none"), budget=budget or None, rules=rules)
     assert isinstance(made, Plan)
     limit = made.budget_bytes
-    baseline = api.simulate(trace, None, gpu, memory_limit=limit)
+    baseline = api.simulate(plain, None, gpu, memory_limit=limit)
     result = api.simulate(trace, made, gpu, memory_limit=limit, timeline=bool(output or perfetto))
     if as_json:
         from vdnn.reporting import result_rows
@@ -157,9 +158,15 @@ def compare(
     hardware(gpu)
     if figure is not None and figure.exists() and not force:
         raise UsageError(f"{figure} exists: give another name, or --force to overwrite it")
-    trace = trace_of(model, batch, precision, optimizer, options, no_cache=no_cache)
-    ordered = ["none", *(name for name in chosen if name != "none")]
-    results = [api.simulate(trace, api.plan(trace, gpu, name, rules=rules), gpu) for name in ordered]
+    results = []
+    for name in ["none", *(name for name in chosen if name != "none")]:
+        try:
+            trace = trace_of(model, batch, precision, optimizer, options, no_cache=no_cache, policy=name)
+            results.append(api.simulate(trace, api.plan(trace, gpu, name, rules=rules), gpu))
+        except UsageError as error:
+            if policy or name == "none":
+                raise
+            typer.echo(f"vdnn: left out: {error}", err=True)
     show_results(results, as_json)
     if figure is not None:
         from vdnn.reporting.plots import policies_figure, save_figure

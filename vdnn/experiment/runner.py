@@ -9,13 +9,14 @@ A file is written when its case is done, so an experiment that was broken off go
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vdnn import api, trace_cache
 from vdnn.experiment.spec import SINGLE, Case, Experiment, iter_steps
 from vdnn.models import Work
+from vdnn.policies import model_options
 from vdnn.reporting import provenance
 from vdnn.values import Plan, RunResult, Timeline, Trace, load, save
 from vdnn.values import hardware as named_hardware
@@ -66,33 +67,40 @@ class _Runner:
         self.progress = progress
 
     def step(self, cases: Sequence[Case]) -> None:
-        """Cases of one training step: captured once."""
+        """Cases of one training step: captured once, and once more for policies that recompute."""
         first = cases[0]
-        work = api.load(first.model, first.batch, **dict(first.options))
-        self.progress(f"capture {work}")
-        device = "cuda"
-        place = ""
+        place, device = "", "cuda"
         if first.kind == "run":
             from vdnn.training import find_place
 
             place = find_place(first.device)
             device = "cuda" if place == "cuda" else "cpu"
-        key = trace_cache.key_of(
-            first.model, str(first.batch), dict(first.options), first.precision, first.optimizer, device
-        )
-        trace = trace_cache.known(key)
-        if trace is None:
-            trace = api.capture(work, precision=first.precision, optimizer=first.optimizer, device=device)
-            trace_cache.keep(key, trace)
+        made: dict[tuple[tuple[str, str], ...], tuple[Work, Trace]] = {}
+        captured: dict[Case, tuple[Work, Trace]] = {}
+        for case in cases:
+            extra = tuple(sorted(model_options(case.policy).items()))
+            if extra not in made:
+                made[extra] = self._capture(case, {**dict(case.options), **dict(extra)}, device)
+            captured[case] = made[extra]
         if first.kind == "simulate":
             for case in cases:
-                self._simulate(case, trace)
+                self._simulate(case, captured[case][1])
             return
         groups: dict[tuple[object, ...], list[Case]] = {}
         for case in cases:
             groups.setdefault((case.gpu, case.policy_options, case.steps, case.seed), []).append(case)
         for group in groups.values():
-            self._run(group, work, trace, place)
+            self._run({case: captured[case] for case in group}, place)
+
+    def _capture(self, case: Case, options: dict[str, object], device: str) -> tuple[Work, Trace]:
+        work = api.load(case.model, case.batch, **options)
+        self.progress(f"capture {work}")
+        key = trace_cache.key_of(case.model, str(case.batch), options, case.precision, case.optimizer, device)
+        trace = trace_cache.known(key)
+        if trace is None:
+            trace = api.capture(work, precision=case.precision, optimizer=case.optimizer, device=device)
+            trace_cache.keep(key, trace)
+        return work, trace
 
     def _simulate(self, case: Case, trace: Trace) -> None:
         self.progress(f"simulate {case.model} {case.batch} {case.gpu} {case.policy}")
@@ -100,30 +108,27 @@ class _Runner:
         result = api.simulate(trace, plan, case.gpu, timeline=True)
         self._keep(case, replace(result, provenance=provenance(torch=trace.torch)), trace, plan)
 
-    def _run(self, cases: Sequence[Case], work: Work, trace: Trace, place: str) -> None:
+    def _run(self, cases: Mapping[Case, tuple[Work, Trace]], place: str) -> None:
         from vdnn.training import run_policies
 
-        first = cases[0]
-        plans = {case: self._plan(case, trace) for case in cases if case.policy != "none"}
-        by_policy = {case.policy: case for case in cases}
+        ordered = sorted(cases, key=lambda case: case.policy != "none")  # the first is the baseline
+        plans = {case: self._plan(case, cases[case][1]) if case.policy != "none" else None for case in ordered}
+        first = ordered[0]
 
         def progress(policy: str, step: int) -> None:
-            self.progress(f"train {work} {policy}: step {step} of {first.steps}")
+            self.progress(f"train {cases[first][0]} {policy}: step {step} of {first.steps}")
 
         runs = run_policies(
-            work,
-            trace,
-            list(plans.values()),
+            [(*cases[case], plans[case]) for case in ordered],
             named_hardware(first.gpu),
             place,
             steps=first.steps,
             seed=first.seed,
             progress=progress,
         )
-        for run in runs:
-            case = by_policy[run.measured.policy]
+        for case, run in zip(ordered, runs, strict=True):
             save(run.predicted, self.files.predicted(case))
-            self._keep(case, run.measured, trace, plans.get(case))
+            self._keep(case, run.measured, cases[case][1], plans[case])
 
     def _plan(self, case: Case, trace: Trace) -> Plan:
         return api.plan(trace, case.gpu, case.policy, **dict(case.policy_options))

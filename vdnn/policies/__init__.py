@@ -3,8 +3,19 @@
 plan = decide("vdnn-conv", trace, hardware, Options(rules="paper"))
 """
 
-from vdnn.policies import none, vdnn_all, vdnn_conv
+from vdnn.policies import checkpoint, none, vdnn_all, vdnn_conv
 from vdnn.policies.options import Options
-from vdnn.policies.registry import Policy, decide, find, names
+from vdnn.policies.registry import Policy, decide, find, model_options, names
 
-__all__ = ["Options", "Policy", "decide", "find", "names", "none", "vdnn_all", "vdnn_conv"]
+__all__ = [
+    "Options",
+    "Policy",
+    "checkpoint",
+    "decide",
+    "find",
+    "model_options",
+    "names",
+    "none",
+    "vdnn_all",
+    "vdnn_conv",
+]

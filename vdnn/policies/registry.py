@@ -10,20 +10,32 @@ from vdnn.values.hardware import Hardware
 from vdnn.values.plan import Plan
 from vdnn.values.trace import Trace
 
-__all__ = ["Policy", "decide", "find", "names", "register"]
+__all__ = ["Policy", "decide", "find", "model_options", "names", "register"]
 
 Policy = Callable[[Trace, Hardware, Options], Plan]
 _POLICIES: dict[str, Policy] = {}
+_MODEL_OPTIONS: dict[str, dict[str, str]] = {}
 
 
-def register(name: str) -> Callable[[Policy], Policy]:
-    """Make a policy known by a name."""
+def register(name: str, **model_options: str) -> Callable[[Policy], Policy]:
+    """Make a policy known by a name, with the model options that its step must be captured with."""
 
     def add(policy: Policy) -> Policy:
         _POLICIES[name] = policy
+        _MODEL_OPTIONS[name] = model_options
         return policy
 
     return add
+
+
+def model_options(name: str) -> dict[str, str]:
+    """The options that a model must be loaded with for a policy; none for most.
+
+    Raises:
+        UsageError: no such policy.
+    """
+    find(name)
+    return dict(_MODEL_OPTIONS[name])
 
 
 def names() -> tuple[str, ...]:
