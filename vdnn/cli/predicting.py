@@ -29,6 +29,7 @@ from vdnn.cli.arguments import (
     trace_of,
     write_value,
 )
+from vdnn.errors import UsageError
 from vdnn.values import Plan, hardware
 from vdnn.values import load as load_value
 
@@ -98,6 +99,9 @@ def simulate(
     no_cache: NoCache = False,
     as_json: Json = False,
     perfetto: Annotated[Path | None, typer.Option(help="Write the streams as a Chrome trace: NAME.json.")] = None,
+    memory_snapshot: Annotated[
+        Path | None, typer.Option(help="Write what the allocator did for pytorch.org/memory_viz: NAME.pickle.")
+    ] = None,
     output: Output = None,
     force: Force = False,
 ) -> None:
@@ -107,6 +111,8 @@ def simulate(
     """
     must_be_free(output, force)
     must_be_free(perfetto, force)
+    if memory_snapshot is not None and memory_snapshot.exists() and not force:
+        raise UsageError(f"{memory_snapshot} exists: give another name, or --force to overwrite it")
     must_be_one(policy=policy, budget=budget, plan=plan_file)
     hardware(gpu)
     made = load_value(plan_file, "plan") if plan_file is not None else None
@@ -117,7 +123,7 @@ def simulate(
     assert isinstance(made, Plan)
     limit = made.budget_bytes
     baseline = api.simulate(plain, None, gpu, memory_limit=limit)
-    result = api.simulate(trace, made, gpu, memory_limit=limit, timeline=bool(output or perfetto))
+    result = api.simulate(trace, made, gpu, memory_limit=limit, timeline=bool(output or perfetto or memory_snapshot))
     if as_json:
         from vdnn.reporting import result_rows
 
@@ -129,6 +135,14 @@ def simulate(
         from vdnn.reporting import write_perfetto
 
         typer.echo(f"Wrote {write_perfetto(result, perfetto)}", err=True)
+    if memory_snapshot is not None:
+        from vdnn.moments import resolve
+        from vdnn.sim.allocator_snapshot import step_snapshot
+        from vdnn.snapshots import save_snapshot
+
+        memory = limit or hardware(gpu).memory_bytes
+        save_snapshot(step_snapshot(trace, resolve(made, trace), memory, result.timeline), memory_snapshot)
+        typer.echo(f"Wrote {memory_snapshot}", err=True)
 
 
 def compare(
@@ -149,7 +163,6 @@ def compare(
 
     Example: vdnn compare paper:vgg16 --batch 128 --gpu titan-x --rules paper --figure vgg16.png
     """
-    from vdnn.errors import UsageError
     from vdnn.policies import find, names
 
     chosen = policy or list(names())

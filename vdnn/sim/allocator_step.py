@@ -79,6 +79,7 @@ class Script:
                 if action.position < free:
                     acted[action.position].append(storages + action.move)
                     gone[free].append(~(storages + action.move))
+        gone[n].clear()  # that outlives the step
         positions = [-1] * len(calls)
         for p in range(n + 1):
             here = gone[p] + acted[p] + made[p]
