@@ -20,7 +20,7 @@ from vdnn.values import Plan, RunResult, Trace, load
 
 __all__ = ["write_page"]
 
-WIDTH = 110
+WIDTH = 120
 
 
 def write_page(experiment: Experiment, folder: Path) -> str:
