@@ -162,6 +162,7 @@ class Oracle:
     # -- finding ------------------------------------------------------------------------------------
 
     def free_pieces(self, small, stream):
+        """By size; of equal ones in order of their segments' making, which is that of the list, and of address."""
         found = [
             (p.size, p.addr, s, p)
             for s in self.segments
@@ -169,7 +170,7 @@ class Oracle:
             for p in s.pieces
             if p.state == "free"
         ]
-        return sorted(found, key=lambda item: item[:2])
+        return sorted(found, key=lambda item: item[0])
 
     def find(self, small, stream, rounded):
         fitting = [item for item in self.free_pieces(small, stream) if item[0] >= rounded]

@@ -216,7 +216,7 @@ def test_the_large_pool_by_hand():
     assert a.total.requested_bytes == 38 * MIB
 
 
-def test_the_best_fit_is_the_smallest_and_then_the_lowest():
+def test_the_best_fit_is_the_smallest_and_in_one_segment_the_lowest():
     """Holes of 4, 3 and 3 MiB, each between blocks that stay: 2 MiB + 512 go into the first hole of 3 MiB.
 
     What is left of it, 1 MiB − 512, is not more than 1 MiB: the whole hole is taken.
@@ -227,6 +227,22 @@ def test_the_best_fit_is_the_smallest_and_then_the_lowest():
         a.free(blocks[i])
     assert a.malloc(2 * MIB + 512) == blocks[2]
     assert a.total.allocated_bytes == (3 + 2 + 2 + 2) * MIB
+
+
+def test_of_equal_blocks_that_in_the_oldest_segment_is_taken():
+    """A and B are segments of 12 MiB. A is given back and made anew at its old address, so it is the younger and lower.
+
+    With both free, 12 MiB go to B.
+    """
+    a = fresh()
+    first, second = a.malloc(12 * MIB), a.malloc(12 * MIB)
+    a.free(first)
+    a.empty_cache()
+    assert a.malloc(12 * MIB) == first
+    a.free(first)
+    a.free(second)
+    assert first < second
+    assert a.malloc(12 * MIB) == second
 
 
 def test_a_block_does_not_change_streams():

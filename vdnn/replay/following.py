@@ -7,11 +7,12 @@ address, when a segment is taken and how large, what is given back and in which 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vdnn.errors import DeviceOutOfMemory
-from vdnn.sim.allocator.blocks import Block, Shelf
+from vdnn.sim.allocator.blocks import KEY, Block, Shelf
 from vdnn.sim.allocator.caching import CachingAllocator
 from vdnn.sim.allocator.options import SMALL_MOST, AllocatorOptions
 from vdnn.sim.allocator.releasing import whole_pages
@@ -45,7 +46,8 @@ class Follower(CachingAllocator):
         self.events = events
         self.at = 0
         self.history = []  # so that events are told; none is kept
-        self.collections = 0
+        self.collections = self.ties = 0
+        self._plain_search = False  # every search goes through `fitting`
 
     # -- the record ----------------------------------------------------------------------------------
 
@@ -184,6 +186,24 @@ class Follower(CachingAllocator):
         self.finish_block(block)
 
     # -- where the record decides --------------------------------------------------------------------
+
+    def fitting(self, shelf: Shelf, rounded: int) -> Block | None:
+        """Of blocks of equal size, the recorded one.
+
+        The oldest segment's would be taken, but each thread numbers its own, and of some the making is not recorded.
+        """
+        block = super().fitting(shelf, rounded)
+        e = self.next()
+        if block is None or e is None or e.action != "alloc" or e.addr == block.addr:
+            return block
+        i = bisect_left(shelf.keys, block.size << KEY)
+        while i < len(shelf.keys) and shelf.keys[i] >> KEY == block.size:
+            other = shelf.by_key[shelf.keys[i]]
+            if other.addr == e.addr:
+                self.ties += 1
+                return other
+            i += 1
+        return block
 
     def grow(self, shelf: Shelf, rounded: int) -> Block | None:
         """Collect the garbage that was collected: how much the process may take is not recorded."""

@@ -121,6 +121,11 @@ def _replay(
         notes.append(
             f"the size of {start.assumed} of those blocks is not recorded and was taken from what was asked for"
         )
+    if follower.ties:
+        notes.append(
+            f"{follower.ties} times one of several free blocks of equal size was taken from the record: which is first "
+            "depends on the thread that made its segment"
+        )
     if follower.collections:
         notes.append(f"{follower.collections} garbage collections were taken from the record, not decided by the model")
     if any(e.pool != (0, 0) for e in events):

@@ -1,7 +1,8 @@
 """Blocks, and the sets of free ones. A segment is a list of blocks, linked in order of address.
 
-A set of free blocks belongs to one stream and one pool and is ordered by (size, address). It is a sorted list of
-whole numbers `size << 57 | address`, so that the best fit is one bisection and comparing costs little.
+A set of free blocks belongs to one stream and one pool and is ordered by (size, age of the segment, address). It is
+a sorted list of whole numbers, `size << 96 | number of the segment << 57 | address`, so that the best fit is one
+bisection and comparing costs little.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from bisect import bisect_left, insort
 
 from vdnn.sim.allocator.statistics import PoolStatistics
 
-__all__ = ["ALLOCATED", "AWAITING", "FREE", "KEY", "MASK", "UNMAPPED", "Block", "Pool", "Region", "Shelf", "Shelves"]
+__all__ = ["ADDRESS", "ALLOCATED", "AWAITING", "FREE", "KEY", "UNMAPPED", "Block", "Pool", "Region", "Shelf", "Shelves"]
 
 # The states of a block. AWAITING: freed, but another stream has not passed its last use yet.
 FREE, ALLOCATED, AWAITING, UNMAPPED = range(4)
-KEY = 57  # bits below the size in a key: no device address is as large
-MASK = (1 << KEY) - 1
+ADDRESS = 57  # bits of an address in a key: no device address is as large
+KEY = 96  # bits below the size
 
 
 class Pool:
@@ -50,18 +51,18 @@ class Shelf:
         """Add a free block, of no age."""
         block.state = FREE
         block.born = self.pool.calls
-        key = block.size << KEY | block.addr
+        key = block.size << KEY | block.order + block.addr
         insort(self.keys, key)
         self.by_key[key] = block
 
     def take(self, block: Block) -> None:
         """Remove a free block."""
-        key = block.size << KEY | block.addr
+        key = block.size << KEY | block.order + block.addr
         del self.keys[bisect_left(self.keys, key)]
         del self.by_key[key]
 
     def free_blocks(self) -> list[Block]:
-        """In order of (size, address)."""
+        """In the order in which they are found."""
         return [self.by_key[key] for key in self.keys]
 
 
@@ -82,17 +83,23 @@ class Shelves(dict[int, Shelf]):
 
 
 class Block:
-    """A stretch of a segment. `uses`: the other streams that used it; `events`: of how many the end is awaited."""
+    """A stretch of a segment. `uses`: the other streams that used it; `events`: of how many the end is awaited.
 
-    __slots__ = ("addr", "born", "events", "next", "prev", "requested", "shelf", "size", "state", "uses")
+    `order` is the number of its segment, counted from the first that was made, in the place it has in a key.
+    """
 
-    def __init__(self, addr: int, size: int, shelf: Shelf, prev: Block | None, next: Block | None, state: int) -> None:
+    __slots__ = ("addr", "born", "events", "next", "order", "prev", "requested", "shelf", "size", "state", "uses")
+
+    def __init__(
+        self, addr: int, size: int, shelf: Shelf, prev: Block | None, next: Block | None, state: int, order: int
+    ) -> None:
         self.addr = addr
         self.size = size
         self.shelf = shelf
         self.prev = prev
         self.next = next
         self.state = state
+        self.order = order
         self.requested = 0
         self.uses: list[int] | None = None
 

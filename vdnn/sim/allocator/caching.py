@@ -2,7 +2,8 @@
 
     malloc   take what other streams are done with
              round up; the small pool holds blocks up to 1 MiB
-             the smallest free block of the same stream that is large enough, the lowest address of equals
+             the smallest free block of the same stream that is large enough;
+             of equal ones that in the oldest segment, and there the lowest
              none: collect garbage → a new segment → give cached oversize blocks back, again →
                    give every cached segment back, again → out of memory
              split off what is left over, if it is enough for a block (small: 512 bytes, large: more than 1 MiB)
@@ -206,7 +207,7 @@ class CachingAllocator(Releasing):
         ):
             before = block.prev
             addr = block.addr
-            front = Block(addr, rounded, shelf, before, block, ALLOCATED)
+            front = Block(addr, rounded, shelf, before, block, ALLOCATED, block.order)
             if before is not None:
                 before.next = front
             if not self._expandable:
@@ -222,7 +223,7 @@ class CachingAllocator(Releasing):
             block.state = FREE
             if self._collects:
                 block.born = shelf.pool.calls
-            key = rest << KEY | addr + rounded
+            key = rest << KEY | block.order + addr + rounded
             insort(shelf.keys, key)
             shelf.by_key[key] = block
             block = front
@@ -293,7 +294,7 @@ class CachingAllocator(Releasing):
         freed = size = block.size
         before, after = block.prev, block.next
         if before is not None and before.state == FREE:
-            key = before.size << KEY | before.addr
+            key = before.size << KEY | before.order + before.addr
             del keys[bisect_left(keys, key)], by_key[key]
             merged = 1
             size += before.size
@@ -302,7 +303,7 @@ class CachingAllocator(Releasing):
             if before is not None:
                 before.next = block
         if after is not None and after.state == FREE:
-            key = after.size << KEY | after.addr
+            key = after.size << KEY | after.order + after.addr
             del keys[bisect_left(keys, key)], by_key[key]
             merged += 1
             size += after.size
@@ -313,7 +314,7 @@ class CachingAllocator(Releasing):
         block.state = FREE
         if self._collects:
             block.born = shelf.pool.calls
-        key = size << KEY | block.addr
+        key = size << KEY | block.order + block.addr
         insort(keys, key)
         by_key[key] = block
         if before is not None or after is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 
-from vdnn.sim.allocator.blocks import ALLOCATED, FREE, KEY, UNMAPPED, Block, Pool, Region, Shelf
+from vdnn.sim.allocator.blocks import ADDRESS, ALLOCATED, FREE, KEY, UNMAPPED, Block, Pool, Region, Shelf
 from vdnn.sim.allocator.driver import Driver
 from vdnn.sim.allocator.options import SMALL_SEGMENT, AllocatorOptions
 from vdnn.sim.allocator.statistics import PoolStatistics
@@ -41,10 +41,16 @@ class Releasing:
         self.oversize_allocations = self.oversize_segments = 0
         self.history: list[Event] | None = None
         self.context = ""
+        self._segments_made = 0
         self._expandable = options.expandable_segments
         self._collects = allowed_bytes is not None and options.garbage_collection_threshold > 0
         self._queues: dict[int, deque[Block]] = {}  # stream → blocks that wait for an event of it
         self._done: dict[int, int] = {}  # stream → how many of them are past
+
+    def new_order(self) -> int:
+        """The place in the order of free blocks for those of a new segment: after all that were made before."""
+        self._segments_made += 1
+        return self._segments_made << ADDRESS
 
     def record(self, action: str, addr: int, size: int, shelf: Shelf) -> None:
         """Add an event to the history, if one is kept."""
@@ -87,7 +93,7 @@ class Releasing:
         if self.options.max_split_bytes is not None and size >= self.options.max_split_bytes:
             self.oversize_segments += 1
         self.record("segment_alloc", addr, size, shelf)
-        return Block(addr, size, shelf, None, None, ALLOCATED)
+        return Block(addr, size, shelf, None, None, ALLOCATED, self.new_order())
 
     def _expand(self, shelf: Shelf, rounded: int) -> Block | None:
         block = self._room(shelf, rounded)
@@ -119,7 +125,7 @@ class Releasing:
         region = Region(self.driver.reserve(size, shelf.stream, shelf.small), size, page)
         shelf.regions.append(region)
         shelf.regions.sort(key=lambda region: region.addr)
-        whole = Block(region.addr, size, shelf, None, None, UNMAPPED)
+        whole = Block(region.addr, size, shelf, None, None, UNMAPPED, self.new_order())
         self._put_unmapped(whole)
         return whole
 
@@ -133,7 +139,7 @@ class Releasing:
             return False
         shelf.unmapped.remove(block)
         if whole < block.size:
-            rest = Block(addr + whole, block.size - whole, shelf, block, block.next, UNMAPPED)
+            rest = Block(addr + whole, block.size - whole, shelf, block, block.next, UNMAPPED, block.order)
             if rest.next is not None:
                 rest.next.prev = rest
             block.next = rest
@@ -226,13 +232,13 @@ class Releasing:
         if start < stop:
             shelf.take(block)
             if block.addr < start:
-                front = Block(block.addr, start - block.addr, shelf, block.prev, block, FREE)
+                front = Block(block.addr, start - block.addr, shelf, block.prev, block, FREE, block.order)
                 if front.prev is not None:
                     front.prev.next = front
                 block.prev = front
                 shelf.put(front)
             if stop < block.addr + block.size:
-                back = Block(stop, block.addr + block.size - stop, shelf, block, block.next, FREE)
+                back = Block(stop, block.addr + block.size - stop, shelf, block, block.next, FREE, block.order)
                 if back.next is not None:
                     back.next.prev = back
                 block.next = back

@@ -39,11 +39,12 @@ def restore(allocator: CachingAllocator, stretches: Iterable[Stretch]) -> None:
                 shelf.regions.append(region)
             elif (key := (id(shelf), region.addr)) in last:
                 before, end = last[key]
-                previous = before.next = Block(end, stretch.addr - end, shelf, before, None, UNMAPPED)
+                previous = before.next = Block(end, stretch.addr - end, shelf, before, None, UNMAPPED, before.order)
                 shelf.unmapped.append(previous)
+        order = previous.order if previous is not None else allocator.new_order()
         alone = len(stretch.blocks) == 1
         for addr, size, state, requested in stretch.blocks:
-            block = Block(addr, size, shelf, previous, None, FREE)
+            block = Block(addr, size, shelf, previous, None, FREE, order)
             if previous is not None:
                 previous.next = block
             previous = block
@@ -78,7 +79,9 @@ def restore(allocator: CachingAllocator, stretches: Iterable[Stretch]) -> None:
                     for region in shelf.regions:
                         block, end = last[id(shelf), region.addr]
                         if end < region.addr + region.size:
-                            rest = Block(end, region.addr + region.size - end, shelf, block, None, UNMAPPED)
+                            rest = Block(
+                                end, region.addr + region.size - end, shelf, block, None, UNMAPPED, block.order
+                            )
                             block.next = rest
                             shelf.unmapped.append(rest)
                     shelf.unmapped.sort(key=lambda block: block.addr)
