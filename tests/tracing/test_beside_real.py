@@ -84,7 +84,7 @@ def test_packs_on_the_cpu_equal_those_of_a_real_run(name: str, options: dict[str
     assert captured == seen
 
 
-class _Names(TorchDispatchMode):
+class Names(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
@@ -105,6 +105,6 @@ def test_the_walk_runs_the_ops_of_the_real_engine_in_its_order(name: str, option
         args, kwargs = work.inputs("cpu")
         with outside_the_engine():  # transformers takes fakes for packed sequences
             loss = work.loss(model(*args, **kwargs), work.targets("cpu"))
-        with _Names() as engine:
+        with Names() as engine:
             loss.backward()
     assert ours == engine.names

@@ -1,42 +1,25 @@
-"""Attention as the hardware would run it: without a GPU torch falls back to the math kernel, CUDA would not."""
+"""Attention as the hardware would run it: without a GPU torch falls back to the math kernel, CUDA would not.
+
+Flash where dtype and head size allow and there is no mask; else memory-efficient; the choice that CUDA's
+dispatcher makes on GPUs from Ampere on.
+"""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 
-__all__ = ["HardwareAttention"]
+__all__ = ["SAID", "attend"]
 
-_DISPATCHED: Any = F.scaled_dot_product_attention
+SAID = "attention kernel chosen as CUDA would: flash, or memory-efficient with a mask or in fp32"
+
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 FLASH_HEAD = 256  # largest head size of the flash kernels
 
 
-class HardwareAttention(TorchFunctionMode):
-    """Sends `F.scaled_dot_product_attention` on fake CUDA tensors to the flash or the memory-efficient kernel.
-
-    Flash where dtype and head size allow and there is no mask; else memory-efficient; the choice that CUDA's
-    dispatcher makes on GPUs from Ampere on.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        return _attend(*args, **kwargs) if func is _DISPATCHED else func(*args, **kwargs)
-
-    @contextlib.contextmanager
-    def everywhere(self) -> Iterator[None]:
-        """The mode, and the same inside torch's own functions (multi-head attention), which no mode sees."""
-        with self, mock.patch.object(F, "scaled_dot_product_attention", _attend):
-            yield
-
-
-def _attend(
+def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

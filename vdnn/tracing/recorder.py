@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from vdnn.tracing import rnn
 from vdnn.tracing.kernels import describe, touched_bytes
 from vdnn.values import Op
 
@@ -35,6 +36,9 @@ class Store:
         self.restored: Any = None
 
 
+_CLONE = torch.ops.aten.clone.default
+
+
 class Recorder(TorchDispatchMode):
     """A dispatch mode above the fake one."""
 
@@ -47,6 +51,7 @@ class Recorder(TorchDispatchMode):
         self.module = -1
         self.module_name = ""
         self.active = True
+        self.node = ""  # the autograd node that runs
         self._index: dict[int, int] = {}
 
     def store_of(self, tensor: torch.Tensor, alloc: int = -1) -> int:
@@ -81,7 +86,10 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        if func is _CLONE and self.node.startswith("Cudnn") and args[0].dtype is torch.uint8:
+            return args[0]  # cuDNN's reserve is copied for a graph that is kept; without the engine every graph is
+        rule = rnn.RULES.get(func)
+        out = func(*args, **kwargs) if rule is None else rule(args)
         if not self.active or func.namespace == "prim":
             return out
         ins = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and self._here(t)]

@@ -189,11 +189,14 @@ def _refuse_strange(tensor: torch.Tensor, name: str) -> None:
 
 
 def lowered_to_bfloat16(model: nn.Module, given: Any) -> tuple[nn.Module, Any]:
+    lowered: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
-        for key, parameter in module._parameters.items():
+        for key, parameter in list(module._parameters.items()):
             if parameter is not None and parameter.is_floating_point():
-                lowered = nn.Parameter(parameter.detach().to(torch.bfloat16), requires_grad=parameter.requires_grad)
-                module._parameters[key] = lowered
+                if parameter not in lowered:  # two modules may share one
+                    data = parameter.detach().to(torch.bfloat16)
+                    lowered[parameter] = nn.Parameter(data, requires_grad=parameter.requires_grad)
+                setattr(module, key, lowered[parameter])  # recurrent layers keep a list of theirs besides
         for key, buffer in module._buffers.items():
             if buffer is not None and buffer.is_floating_point():
                 module._buffers[key] = buffer.to(torch.bfloat16)

@@ -21,9 +21,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from vdnn.calls import ModuleCalls
 from vdnn.errors import CaptureError, UsageError, VdnnError, unknown_name
 from vdnn.models import Work
-from vdnn.tracing import stage
+from vdnn.tracing import attention, rnn, stage
 from vdnn.tracing.assembly import assembled
-from vdnn.tracing.attention import HardwareAttention
+from vdnn.tracing.hardware import AsOnCuda
 from vdnn.tracing.hooks import creator
 from vdnn.tracing.recorder import Recorder
 from vdnn.tracing.watch import Watch
@@ -118,12 +118,12 @@ def capture_model(
             given = tree_map_only(
                 torch.Tensor, lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t, given
             )
+        if device == "cuda" and rnn.flattened(fake):
+            corrections.append(rnn.SAID)
         capture = Watch(fake, device, mode)
         _run(capture, given, targets, loss or summed_loss, precision, optimizer, name or built)
         if device == "cuda":
-            corrections.append(
-                "attention kernel chosen as CUDA would: flash, or memory-efficient with a mask or in fp32"
-            )
+            corrections.append(attention.SAID)
         return assembled(
             capture, name or built, batch, precision, optimizer, device, channels_last, options, corrections
         )
@@ -163,7 +163,7 @@ def _run(
             try:
                 with contextlib.ExitStack() as stack:
                     if capture.device == "cuda":
-                        stack.enter_context(HardwareAttention().everywhere())
+                        stack.enter_context(AsOnCuda().everywhere())
                     stack.enter_context(capture.hooks.noted())
                     stack.enter_context(capture.walk.instead_of_the_engine())
                     stack.enter_context(rec)
@@ -216,6 +216,12 @@ def _explained(capture: Watch, error: Exception, name: str) -> CaptureError:
         return CaptureError(
             f"{name} cannot be captured: {module} asks for the value of a tensor ({error}), and a capture has shapes "
             "only; take that branch out of forward, or wrap the real model: it then plans from its first step"
+        )
+    if "convert all Tensors to FakeTensors" in str(error):
+        return CaptureError(
+            f"{name} cannot be captured: {module}, after op {last}, uses a real tensor that is neither a parameter, a "
+            "buffer, an attribute of a module nor an input: keep it in the module (register_buffer), or make it in "
+            f"forward ({str(error).split('Found in ')[-1][:200]})"
         )
     return CaptureError(f"{name} cannot be captured: in {module}, after op {last}: {stage.short(error)}")
 

@@ -135,6 +135,7 @@ class Backward:
                 self._on_done(node)
                 continue
             results = self._call(node, given, retain)
+            self._on_done(node)  # the engine releases what the node saved before it passes the gradients on
             for slot, (following, place) in enumerate(node.next_functions):
                 if following is None:
                     continue
@@ -146,7 +147,6 @@ class Backward:
                 if waiting[following] == 0:
                     heapq.heappush(ready, (-int(following._sequence_nr()), order, following))
                     order += 1
-            self._on_done(node)
         return found
 
     def _call(self, node: Any, given: Grads, retain: bool) -> list[Any]:

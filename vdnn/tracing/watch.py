@@ -20,6 +20,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vdnn.calls import Frame
+from vdnn.errors import CaptureError
 from vdnn.tracing.hooks import NotedHooks
 from vdnn.tracing.layers import layer_kind
 from vdnn.tracing.recorder import Recorder
@@ -83,6 +84,7 @@ class Watch:
         self.saved: list[Packed] = []
         self.standins: list[weakref.ref[_StandIn] | None] = []
         self.packs_of: dict[int, list[int]] = {}  # a node's sequence number → what was packed for it
+        self.asked: list[int] = []  # saved tensors that the node which runs has asked for
         self.last = -1  # the last sequence number of forward
         self.hooks = NotedHooks()
         self.walk = Backward(self.hooks, self._on_node, self._on_done, self._on_grad, self.unseen)
@@ -171,6 +173,7 @@ class Watch:
         if packed.saved >= 0:
             self.saved[packed.saved].unpacked_at.append(len(rec.ops))
             self.saved[packed.saved].node = self.node
+            self.asked.append(packed.saved)
         if isinstance(packed, _Direct):
             return packed.tensor
         store = rec.stores[packed.store]
@@ -211,28 +214,39 @@ class Watch:
         self.last = torch.autograd._get_sequence_nr() - 1  # type: ignore[attr-defined]
         self._numbers = [number for number, _ in self.changes]
         self.walk.of(loss)
-        self.recorder.module = -1
+        self.recorder.module, self.recorder.node = -1, ""
+
+    def _module_name(self) -> str:
+        number = self.recorder.module
+        return f"{self.calls[number][0] or '<model>'} ({self.calls[number][2]})" if number >= 0 else "<outside>"
 
     def _on_node(self, node: Any) -> None:
         sequence = int(node._sequence_nr())
+        self.asked.clear()
         if self.recorder.phase == "forward":
             return
         # AccumulateGrad, and what backward itself made, stay with the node before them
         if sequence < _ACCUMULATE and sequence <= self.last:
-            self.node = str(node.name())
+            self.node = self.recorder.node = str(node.name())
             self.recorder.module = self.changes[bisect_right(self._numbers, sequence) - 1][1]
 
     def _on_done(self, node: Any) -> None:
         if self.recorder.phase == "forward":
             return
-        for number in self.packs_of.get(int(node._sequence_nr()), ()):
+        # what it asked for is its own; what it did not ask for was packed when it was the newest node
+        for number in (*self.packs_of.get(int(node._sequence_nr()), ()), *self.asked):
             packed = self.saved[number]
             packed.node = str(node.name())
             if packed.released is None:
                 packed.released = len(self.recorder.ops)
 
     def _on_grad(self, grad: torch.Tensor) -> None:
-        if grad.device.type == self.device and grad.layout is torch.strided:
+        if grad.layout is not torch.strided:
+            raise CaptureError(
+                f"{self.node} in module {self._module_name()} gives a gradient of layout {grad.layout}: a capture "
+                "knows dense gradients only (build the embedding with sparse=False)"
+            )
+        if grad.device.type == self.device:
             store = self.recorder.stores[self.recorder.store_of(grad)]
             if not store.packed:
                 store.category = store.category or "gradient"
