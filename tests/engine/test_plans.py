@@ -97,6 +97,32 @@ def test_without_a_prefetch_point_the_fetch_is_on_demand() -> None:
     assert (counts.prefetched_storages, counts.fetched_storages) == (0, 1)
 
 
+def test_every_step_is_a_pass_also_when_idle_ones_lie_between() -> None:
+    model, x = chain()
+    moving, idle = Schedule(plan(tanh_output(1, Offload("end 2#0")))), Schedule(plan(tanh_output(1, Keep())))
+    turns = iter([moving, idle, moving, moving, idle, idle, moving])
+    seen: list[tuple[int, int]] = []
+    engine = wrap_model(model, VirtualDevice(), lambda *a: next(turns))
+    for _ in range(7):
+        step(model, x)
+        seen.append((engine.offloader.counts.passes, engine.offloader.counts.offloaded_storages))
+    assert seen == [(1, 1), (2, 1), (3, 2), (4, 3), (5, 3), (6, 3), (7, 4)]
+
+
+def test_a_step_in_which_nothing_can_move_has_one_hook_on_the_model_and_none_on_autograd() -> None:
+    model, x = chain()
+    engine = wrap_model(model, VirtualDevice(), lambda *a: Schedule(plan(tanh_output(1, Keep()))))
+    found: list[object] = []
+    handle = model[3].register_forward_hook(
+        lambda *_: found.append(torch._C._autograd._top_saved_tensors_default_hooks(True))
+    )
+    step(model, x)
+    handle.remove()
+    assert found == [None]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.children())
+    assert engine.report().passes == 1
+
+
 def test_a_storage_that_is_released_too_late_never_leaves() -> None:
     """Backward asks before the release point was reached: the original is still there, and nothing comes back."""
     model, x = chain()

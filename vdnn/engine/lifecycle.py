@@ -2,8 +2,8 @@
 
     RESIDENT ──▶ OFFLOADING ──▶ ON_HOST ──▶ PREFETCHING ──▶ RESIDENT ──▶ RELEASED
 
-A storage may be asked for while its copy out is still on the way (OFFLOADING → RESIDENT: the original is
-still there), and may be dropped from any state (a graph that never runs backward).
+A storage may be asked for while its copy out is still on the way (the original is still there, and nothing
+moves), and may be dropped from any state (a graph that never runs backward).
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ class State(Enum):
     PREFETCHING = "in host memory, being copied back"
     RELEASED = "dropped"
 
+    __hash__ = object.__hash__  # members are single: the enum's own hash is a slow one, of the name
+
 
 _MOVES = {
     State.RESIDENT: {State.OFFLOADING, State.RELEASED},
-    State.OFFLOADING: {State.ON_HOST, State.RESIDENT, State.RELEASED},
+    State.OFFLOADING: {State.ON_HOST, State.RELEASED},
     State.ON_HOST: {State.PREFETCHING, State.RELEASED},
     State.PREFETCHING: {State.RESIDENT, State.RELEASED},
     State.RELEASED: set(),

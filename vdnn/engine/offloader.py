@@ -1,43 +1,46 @@
 """The pack and unpack hooks: what to do with each saved tensor, by plan or by rule.
 
-    pack(t):    parameter, buffer, small, foreign? → Kept
-                storage known at this version?     → Offloaded, sharing the one copy
-                plan (or rule) says offload?       → SavedStorage.offload(), Offloaded
+    pack(t):    nothing planned here, no rule, or small?    → kept: one look-up
+                parameter, buffer, foreign?                 → kept
+                storage known at this version?              → Offloaded, sharing the one copy
+                plan (or rule) says offload?                → SavedStorage.offload(), Offloaded
                 then: the releases that the plan puts at this pack
     unpack(p):  its own fetch, the prefetches that the plan puts here, the waits, the tensor
 
-One *pass* is one forward of the wrapped model with the backward that follows. Its tables hold storages
-weakly: what autograd has dropped is gone, whenever and in whatever thread that was.
+Everything that moves a storage happens under one lock: autograd has threads of its own.
 """
 
 from __future__ import annotations
 
 import threading
-import weakref
-from collections import deque
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from vdnn.calls import Frame
 from vdnn.engine.device import Device
 from vdnn.engine.lifecycle import State
-from vdnn.engine.packed import Kept, Offloaded, version_of
-from vdnn.engine.schedule import CallSchedule, Schedule, Slot
+from vdnn.engine.packed import Kept, Marked, Offloaded, keep, restore_kept
+from vdnn.engine.passes import Pass, extent
+from vdnn.engine.schedule import NOTHING, Schedule, Slot
 from vdnn.engine.storage import SavedStorage
-from vdnn.values.plan import Keep
+from vdnn.errors import DeviceOutOfMemory
+from vdnn.values.plan import Offload
 
-__all__ = ["Counts", "Offloader", "Pass", "storage_keys"]
+__all__ = ["Counts", "Offloader", "is_plain", "storage_keys"]
 
-_EMPTY = CallSchedule()
+_OUT_OF_MEMORY = (torch.OutOfMemoryError, DeviceOutOfMemory)
+_MOST_MISMATCHES = 100
 
 
 @dataclass(slots=True)
 class Counts:
-    """What the engine did so far. Bytes are of storages, each counted once a pass."""
+    """What the engine did so far. Bytes are of storages, each counted once a pass.
+
+    `packs` counts what it was shown; a pass in which nothing can move shows it nothing. `no_room` counts prefetches
+    that found no device memory and were left for the moment of need.
+    """
 
     passes: int = 0
     packs: int = 0
@@ -48,51 +51,23 @@ class Counts:
     fetched_storages: int = 0
     returned_bytes: int = 0
     host_full: int = 0
+    no_room: int = 0
     mismatches: list[str] = field(default_factory=list)
 
 
-class Pass:
-    """One forward and the backward that follows it."""
-
-    __slots__ = (
-        "__weakref__",
-        "ahead_bytes",
-        "entries",
-        "inflight",
-        "inflight_bytes",
-        "known",
-        "next_ahead",
-        "order",
-        "outside",
-        "schedule",
-    )
-
-    def __init__(self, schedule: Schedule) -> None:
-        self.schedule = schedule
-        self.entries: dict[int, list[weakref.ref[SavedStorage]]] = {}
-        # by storage: the weak reference keeps a dead storage's address from being taken for a new one's
-        self.known: dict[tuple[int, int, int], tuple[StorageWeakRef, int, weakref.ref[SavedStorage]]] = {}
-        self.order: list[weakref.ref[SavedStorage]] = []
-        self.inflight: deque[weakref.ref[SavedStorage]] = deque()
-        self.inflight_bytes = 0
-        self.ahead_bytes = 0  # fetched before backward asked, and not asked for yet
-        self.next_ahead: int | None = None  # place in `order` of the next one to fetch ahead
-        self.outside = 0
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether the tensor is bytes in a storage and nothing else: no subclass, not sparse, not without data."""
+    kind = type(tensor)
+    return (kind is torch.Tensor or kind is nn.Parameter) and tensor.layout is torch.strided
 
 
 def storage_keys(model: nn.Module) -> set[int]:
     """The storages of a model's parameters and buffers, by address of the storage object."""
-    keys = set()
-    for tensor in (*model.parameters(), *model.buffers()):
-        if type(tensor.data) is torch.Tensor and tensor.layout is torch.strided and tensor.device.type != "meta":
-            keys.add(tensor.untyped_storage()._cdata)
-    return keys
-
-
-def _extent(tensor: torch.Tensor) -> tuple[int, int]:
-    """First byte and number of bytes that the tensor spans in its storage."""
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return int(tensor.storage_offset()) * tensor.element_size(), (int(last) + 1) * tensor.element_size()
+    return {
+        tensor.untyped_storage()._cdata
+        for tensor in (*model.parameters(), *model.buffers())
+        if is_plain(tensor) and not tensor.is_meta
+    }
 
 
 class Offloader:
@@ -102,116 +77,122 @@ class Offloader:
         self.device = device
         self.counts = Counts()
         self.current: Pass | None = None
-        self.frame: Frame | None = None
         self.fixed: set[int] = set()  # storages of parameters and buffers: never moved
+        self._frame: Frame | None = None  # the innermost module call; None while no pass is open
+        self._slots: dict[int, Slot] = {}  # what the plan knows of its packs
+        self._look = False  # whether a rule may take tensors that no plan knows
+        self._least_bytes = 0  # and from how large a storage on
         self._lock = threading.RLock()
 
     # -- passes and module calls -------------------------------------------------------------------
 
     def begin(self, schedule: Schedule, fixed: set[int]) -> None:
-        """Start a pass."""
-        self.current = Pass(schedule)
+        """Start a pass. `fixed` are the storages of parameters and buffers."""
+        self.current = here = Pass(schedule)
         self.fixed = fixed
+        self._run(here.outside)
+        self._look = schedule.rule.offload
+        self._least_bytes = schedule.rule.min_bytes
         self.counts.passes += 1
 
     def enter(self, frame: Frame) -> None:
         """A module call begins."""
-        if self.current is not None:
-            frame.slot = self.current.schedule.calls.get((frame.fqn, frame.call), _EMPTY)
+        here = self.current
+        if here is not None:
+            frame.slot = here.schedule.calls.get((frame.fqn, frame.call), NOTHING)
+            self._run(frame)
 
     def leave(self, frame: Frame) -> None:
         """A module call returns: whatever the plan releases there."""
-        if self.current is not None and frame.slot is not None and frame.slot.release:
-            self._release(self.current, frame.slot.release)
+        here = self.current
+        if here is None or frame.slot is None:
+            return
+        self._run(frame.parent or here.outside)
+        self.counts.packs += frame.packs
+        if frame.slot.release:
+            self._release(here, frame.slot.release)
+
+    def _run(self, frame: Frame) -> None:
+        self._frame, self._slots = frame, frame.slot.slots
 
     def end(self) -> None:
         """The forward of a pass is over; its backward finds the pass through what autograd holds."""
-        self.current = None
+        if self.current is not None:
+            self.counts.packs += self.current.outside.packs
+        self.current = self._frame = None
 
     # -- pack --------------------------------------------------------------------------------------
 
-    def pack(self, tensor: torch.Tensor) -> Kept | Offloaded | torch.Tensor:
+    def pack(self, tensor: torch.Tensor) -> Kept | Marked | Offloaded:
         """Take a tensor that autograd saves."""
+        frame = self._frame
+        if frame is not None:
+            index = frame.packs
+            frame.packs = index + 1
+            slots = self._slots
+            slot = slots.get(index) if slots else None
+            if slot is not None or (self._look and tensor.untyped_storage().nbytes() >= self._least_bytes):
+                return self._take(frame, tensor, slot)
+        # `keep`, written out: most saved tensors pass here
+        if not tensor.is_leaf:
+            tensor = tensor.detach()
+        return tensor, tensor._version
+
+    def _take(self, frame: Frame, tensor: torch.Tensor, slot: Slot | None) -> Kept | Marked | Offloaded:
         here = self.current
-        self.counts.packs += 1
-        if here is None:
-            return Kept(_alias(tensor), None, None)
-        slot, mismatch = self._slot(here, tensor)
-        if not here.schedule.rule.offload and (slot is None or slot.entry < 0 or mismatch):
-            packed: Kept | Offloaded = Kept(_alias(tensor), here, slot)
+        assert here is not None
+        storage = self._choose(here, frame, tensor, slot)
+        if storage is not None:
+            packed: Kept | Marked | Offloaded = Offloaded(tensor, storage, here, slot)
+        elif slot is not None and slot.marks:
+            packed = Marked(tensor, here, slot)
         else:
-            packed = self._place(here, tensor, slot, mismatch)
+            packed = keep(tensor)
         if slot is not None and slot.release:
             self._release(here, slot.release)
         return packed
 
-    def _slot(self, here: Pass, tensor: torch.Tensor) -> tuple[Slot | None, bool]:
-        frame = self.frame
-        if frame is None:
-            call = here.schedule.calls.get(("<outside>", 0), _EMPTY)
-            index = here.outside
-            here.outside += 1
-        else:
-            call = frame.slot if frame.slot is not None else _EMPTY
-            index = frame.packs
-            frame.packs += 1
-        slot = call.slots.get(index) if call.slots else None
-        if slot is None or slot.name is None:
-            return slot, False
-        name = slot.name
-        same = (
-            name.dtype == str(tensor.dtype).removeprefix("torch.")
-            and name.rank == tensor.dim()
-            and name.nbytes == tensor.numel() * tensor.element_size()
-        )
-        if not same:
-            if len(self.counts.mismatches) < 100:
-                self.counts.mismatches.append(
-                    f"{name} was planned as {name.dtype} of rank {name.rank} and {name.nbytes} bytes, but is "
-                    f"{str(tensor.dtype).removeprefix('torch.')} of rank {tensor.dim()} and "
-                    f"{tensor.numel() * tensor.element_size()} bytes"
-                )
-            return slot, True
-        return slot, False
-
-    def _place(self, here: Pass, tensor: torch.Tensor, slot: Slot | None, mismatch: bool) -> Kept | Offloaded:
-        if (
-            (type(tensor) is not torch.Tensor and type(tensor) is not nn.Parameter)
-            or isinstance(tensor, FakeTensor)
-            or tensor.layout is not torch.strided
-            or not self.device.holds(tensor)
-            or tensor.numel() == 0
-            or tensor.is_inference()
-        ):
-            return Kept(_alias(tensor), here, slot)
+    def _choose(self, here: Pass, frame: Frame, tensor: torch.Tensor, slot: Slot | None) -> SavedStorage | None:
+        """The copy that stands for the tensor, started if need be; None where the tensor stays."""
+        action = slot.action if slot is not None else None
+        if slot is not None and action is not None:
+            mismatch = slot.mismatch(tensor)
+            if mismatch:
+                if len(self.counts.mismatches) < _MOST_MISMATCHES:
+                    self.counts.mismatches.append(mismatch)
+                action = None
+            elif not isinstance(action, Offload):
+                return None
+        if action is None and not self._look:
+            return None
+        if not is_plain(tensor) or not self.device.holds(tensor) or tensor.numel() == 0:
+            return None
         storage = tensor.untyped_storage()
-        if storage._cdata in self.fixed or storage.nbytes() == 0:
-            return Kept(_alias(tensor), here, slot)
-        planned = slot is not None and slot.entry >= 0 and not mismatch
-        if planned:
-            assert slot is not None
-            action = here.schedule.actions[slot.entry]
-            if isinstance(action, Keep):
-                return Kept(_alias(tensor), here, slot)
-            whole = action.whole
+        nbytes = storage.nbytes()
+        if nbytes == 0 or storage._cdata in self.fixed or self._belongs(frame, storage):
+            return None
+        if isinstance(action, Offload):
+            whole, entry = action.whole, slot.entry if slot is not None else -1
         else:
             # a small view of a storage that leaves anyway goes with it: kept, it would hold the whole storage here
-            if not self._by_rule(here, tensor) and (storage._cdata, 0, storage.nbytes()) not in here.known:
-                return Kept(_alias(tensor), here, slot)
-            _, span = _extent(tensor)
-            whole = 2 * span >= storage.nbytes()
-        saved = self._saved_storage(here, tensor, storage, whole, slot.entry if planned and slot else -1)
-        if saved is None:
-            return Kept(_alias(tensor), here, slot)
-        return Offloaded(tensor, saved, here, slot)
+            if not self._by_rule(here, frame, tensor) and not here.leaves(storage, tensor._version):
+                return None
+            whole, entry = 2 * extent(tensor)[1] >= nbytes, -1
+        return self._copy(here, tensor, storage, (0, nbytes) if whole else extent(tensor), entry)
 
-    def _by_rule(self, here: Pass, tensor: torch.Tensor) -> bool:
+    @staticmethod
+    def _belongs(frame: Frame, storage: torch.UntypedStorage) -> bool:
+        """Whether it is a parameter of the module that runs: some are made anew for each forward."""
+        for parameter in frame.module._parameters.values():
+            if parameter is not None and is_plain(parameter) and parameter.untyped_storage() is storage:
+                return True
+        return False
+
+    @staticmethod
+    def _by_rule(here: Pass, frame: Frame, tensor: torch.Tensor) -> bool:
         rule = here.schedule.rule
-        if not rule.offload or tensor.numel() * tensor.element_size() < rule.min_bytes:
+        if tensor.nbytes < rule.min_bytes:
             return False
-        frame = self.frame
-        if frame is None:
-            return not rule.types
         if rule.types and not isinstance(frame.module, rule.types):
             return False
         # autocast's low-precision copy of a weight is no feature map: the layer casts it once a step for all
@@ -220,18 +201,16 @@ class Offloader:
                 return False
         return True
 
-    def _saved_storage(
-        self, here: Pass, tensor: torch.Tensor, storage: torch.UntypedStorage, whole: bool, entry: int
+    def _copy(
+        self, here: Pass, tensor: torch.Tensor, storage: torch.UntypedStorage, extent: tuple[int, int], entry: int
     ) -> SavedStorage | None:
-        first, nbytes = (0, storage.nbytes()) if whole else _extent(tensor)
-        key = (storage._cdata, first, nbytes)
-        version = version_of(tensor)
+        """The copy of these bytes; None where host memory is spent."""
+        first, nbytes = extent
+        version = tensor._version
         with self._lock:
-            found = here.known.get(key)
-            if found is not None and found[1] == version:
-                known = found[2]()
-                if known is not None:
-                    return known
+            known = here.copy_of(storage, version, first, nbytes)
+            if known is not None:
+                return known
             self.counts.saved_storages += 1
             saved = SavedStorage(self.device, tensor, first, nbytes)
             if not saved.offload():
@@ -239,64 +218,59 @@ class Offloader:
                 return None
             self.counts.offloaded_storages += 1
             self.counts.offloaded_bytes += nbytes
-            weak = weakref.ref(saved)
-            here.known[key] = (StorageWeakRef(storage), version, weak)
-            saved.place = len(here.order)
-            here.order.append(weak)
-            if entry >= 0:
-                here.entries.setdefault(entry, []).append(weak)
-            else:
-                here.inflight.append(weak)
-                here.inflight_bytes += nbytes
-                while here.inflight_bytes > here.schedule.rule.max_inflight_bytes and here.inflight:
-                    self._release_oldest(here)
+            here.add(storage, version, saved, entry)
+            for oldest in here.too_many():
+                oldest.release()
             return saved
 
-    def _release_oldest(self, here: Pass) -> None:
-        oldest = here.inflight.popleft()()
-        if oldest is not None:
-            here.inflight_bytes -= oldest.nbytes
-            oldest.release()
-        else:
-            here.inflight_bytes = sum(s.nbytes for s in (weak() for weak in here.inflight) if s is not None)
-
     def _release(self, here: Pass, entries: list[int]) -> None:
-        for saved in self._alive(here, entries):
-            saved.release()
-
-    @staticmethod
-    def _alive(here: Pass, entries: list[int]) -> list[SavedStorage]:
-        found = (weak() for entry in entries for weak in here.entries.get(entry, ()))
-        return [saved for saved in found if saved is not None]
+        with self._lock:
+            for saved in here.of_entries(entries):
+                saved.release()
 
     # -- unpack ------------------------------------------------------------------------------------
 
-    def unpack(self, packed: Kept | Offloaded | torch.Tensor) -> torch.Tensor:
-        """Give back a tensor that autograd saved; may be called again for the same one."""
-        if isinstance(packed, torch.Tensor):
-            return packed
-        if isinstance(packed, Offloaded):
-            storage = packed.storage
-            by_rule = packed.slot is None or packed.slot.entry < 0
-            if storage.state is State.ON_HOST and storage.prefetch():
-                self.counts.fetched_storages += 1
-                self.counts.returned_bytes += storage.nbytes
-            elif by_rule and storage.state is State.PREFETCHING:
-                packed.owner.ahead_bytes -= storage.nbytes
-            if by_rule:
-                self._ahead(packed.owner, storage)
-        slot, owner = packed.slot, packed.owner
-        if slot is not None and owner is not None:
-            for saved in self._alive(owner, slot.prefetch):
-                self._prefetch(saved)
-            for saved in self._alive(owner, slot.arrive):
-                saved.arrive()
-        return packed.restore()
+    def unpack(self, packed: Kept | Marked | Offloaded) -> torch.Tensor:
+        """Give back a tensor that autograd saved; may be called again for the same one.
 
-    def _prefetch(self, saved: SavedStorage) -> None:
-        if saved.prefetch():
-            self.counts.prefetched_storages += 1
-            self.counts.returned_bytes += saved.nbytes
+        Raises:
+            RuntimeError: it was changed in place since it was saved.
+            torch.OutOfMemoryError, DeviceOutOfMemory: no device memory for the bytes to come back to.
+        """
+        if isinstance(packed, tuple):
+            tensor, version = packed
+            return tensor if tensor._version == version else restore_kept(packed)
+        with self._lock:
+            slot = packed.slot
+            if isinstance(packed, Offloaded):
+                self._fetch(packed.owner, packed.storage)
+            if slot is not None:
+                for saved in packed.owner.of_entries(slot.prefetch):
+                    self._prefetch(saved)
+                for saved in packed.owner.of_entries(slot.arrive):
+                    saved.arrive()
+            return packed.restore() if isinstance(packed, Offloaded) else restore_kept(packed.kept)
+
+    def _fetch(self, here: Pass, storage: SavedStorage) -> None:
+        by_rule = storage.place >= 0
+        if storage.prefetch():
+            self.counts.fetched_storages += 1
+            self.counts.returned_bytes += storage.nbytes
+        elif by_rule and storage.state is State.PREFETCHING:
+            here.ahead_bytes -= storage.nbytes
+        if by_rule:
+            self._ahead(here, storage)
+
+    def _prefetch(self, saved: SavedStorage) -> bool:
+        """Start a copy back before it is asked for; False where there is no room for it yet."""
+        try:
+            if saved.prefetch():
+                self.counts.prefetched_storages += 1
+                self.counts.returned_bytes += saved.nbytes
+        except _OUT_OF_MEMORY:
+            self.counts.no_room += 1
+            return False
+        return True
 
     def _ahead(self, here: Pass, asked: SavedStorage) -> None:
         """By rule: fetch what was saved before the one asked for, newest first, up to a bound of bytes."""
@@ -305,14 +279,8 @@ class Offloader:
         while place >= 0:
             saved = here.order[place]()
             if saved is not None and saved.state is State.ON_HOST:
-                if here.ahead_bytes + saved.nbytes > bound:
+                if here.ahead_bytes + saved.nbytes > bound or not self._prefetch(saved):
                     break
                 here.ahead_bytes += saved.nbytes
-                self._prefetch(saved)
             place -= 1
         here.next_ahead = place
-
-
-def _alias(tensor: torch.Tensor) -> torch.Tensor:
-    """An alias that shares storage and version counter but not the graph: holding the tensor would make a cycle."""
-    return tensor.detach() if tensor.requires_grad or tensor.grad_fn is not None else tensor

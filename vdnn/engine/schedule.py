@@ -1,18 +1,21 @@
 """A plan, laid out for look-up while the model runs.
 
-Every module call that the plan knows has a list of slots, one a pack, in order; a slot says which entry the
-saved tensor belongs to, what to check, and what happens at that pack and at that tensor's first unpack.
-So a pack costs one look-up, and a mismatch inside one call costs only that call.
+Every module call that the plan knows has a table of slots by pack number; a slot says which entry the saved
+tensor belongs to, what to check, and what happens at that pack and at that tensor's first unpack. A saved
+tensor that stays and marks no point has no slot where no rule could take it: so a pack costs one look-up,
+and a mismatch inside one call costs only that call.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vdnn.errors import PlanMismatchError
-from vdnn.values.plan import Offload, Plan, Point, SavedName
+import torch
 
-__all__ = ["CallSchedule", "Rule", "Schedule", "Slot"]
+from vdnn.errors import PlanMismatchError
+from vdnn.values.plan import Action, Offload, Plan, Point, SavedName
+
+__all__ = ["NOTHING", "CallSchedule", "Rule", "Schedule", "Slot"]
 
 
 @dataclass(slots=True)
@@ -21,9 +24,26 @@ class Slot:
 
     entry: int = -1
     name: SavedName | None = None
+    dtype: torch.dtype | None = None
+    action: Action | None = None
     release: list[int] = field(default_factory=list)
     prefetch: list[int] = field(default_factory=list)
     arrive: list[int] = field(default_factory=list)
+
+    @property
+    def marks(self) -> bool:
+        """Whether anything happens when this tensor is packed or asked for."""
+        return bool(self.release or self.prefetch or self.arrive)
+
+    def mismatch(self, tensor: torch.Tensor) -> str:
+        """How the tensor differs from the planned one; "" if it does not."""
+        name = self.name
+        if name is None or (self.dtype is tensor.dtype and name.rank == tensor.dim() and name.nbytes == tensor.nbytes):
+            return ""
+        return (
+            f"{name} was planned as {name.dtype} of rank {name.rank} and {name.nbytes} bytes, but is "
+            f"{str(tensor.dtype).removeprefix('torch.')} of rank {tensor.dim()} and {tensor.nbytes} bytes"
+        )
 
 
 @dataclass(slots=True)
@@ -32,6 +52,9 @@ class CallSchedule:
 
     slots: dict[int, Slot] = field(default_factory=dict)
     release: list[int] = field(default_factory=list)
+
+
+NOTHING = CallSchedule()  # of a call that the plan does not know
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +75,8 @@ class Rule:
 class Schedule:
     """A plan and the rule for what it does not know (without one: the plan's own default).
 
+    `idle` says that nothing can move, so that the engine need not look at the step at all.
+
     Raises:
         PlanMismatchError: a point of the plan names nothing that can be observed.
     """
@@ -64,27 +89,34 @@ class Schedule:
         self.plan = plan
         self.rule = rule
         self.calls: dict[tuple[str, int], CallSchedule] = {}
-        self.actions = [entry.action for entry in plan.entries] if plan else []
+        self.modules = {name.module for entry in plan.entries for name in entry.saved} if plan else set()
+        actions = [entry.action for entry in plan.entries] if plan else []
+        self.idle = not rule.offload and not any(isinstance(action, Offload) for action in actions)
         if plan is None:
             return
         for index, entry in enumerate(plan.entries):
             for name in entry.saved:
                 slot = self._slot(name.module, name.call, name.index)
-                slot.entry, slot.name = index, name
-        for index, action in enumerate(self.actions):
+                slot.entry, slot.name, slot.action = index, name, entry.action
+                slot.dtype = getattr(torch, name.dtype, None)
+        for index, action in enumerate(actions):
             if isinstance(action, Offload):
-                point = Point.parse(action.release_at)
-                if point.kind == "end":
-                    self._call(point).release.append(index)
-                else:
-                    self._slot(point.module, point.call, point.index).release.append(index)
-                if action.prefetch_at:
-                    self._at_unpack(action.prefetch_at).prefetch.append(index)
-                if action.wait_at:
-                    self._at_unpack(action.wait_at).arrive.append(index)
+                self._lay_out(index, action)
+        if not rule.offload:
+            for call in self.calls.values():
+                call.slots = {n: s for n, s in call.slots.items() if s.marks or isinstance(s.action, Offload)}
 
-    def _call(self, point: Point) -> CallSchedule:
-        return self.calls.setdefault((point.module, point.call), CallSchedule())
+    def _lay_out(self, index: int, action: Offload) -> None:
+        point = Point.parse(action.release_at)
+        self.modules.add(point.module)
+        if point.kind == "end":
+            self.calls.setdefault((point.module, point.call), CallSchedule()).release.append(index)
+        else:
+            self._slot(point.module, point.call, point.index).release.append(index)
+        if action.prefetch_at:
+            self._at_unpack(action.prefetch_at).prefetch.append(index)
+        if action.wait_at:
+            self._at_unpack(action.wait_at).arrive.append(index)
 
     def _slot(self, module: str, call: int, index: int) -> Slot:
         return self.calls.setdefault((module, call), CallSchedule()).slots.setdefault(index, Slot())
@@ -93,6 +125,7 @@ class Schedule:
         point = Point.parse(text)
         if point.kind != "unpack":
             raise PlanMismatchError(f"{text!r} is not a moment of backward: the plan is damaged, make it again")
+        self.modules.add(point.module)
         return self._slot(point.module, point.call, point.index)
 
     def check_names(self, known: set[str]) -> None:
@@ -101,7 +134,7 @@ class Schedule:
         Raises:
             PlanMismatchError: the plan names a module that the model does not have.
         """
-        for (module, _), _call in self.calls.items():
+        for module in sorted(self.modules):
             if module not in known and not module.startswith("<"):
                 model = self.plan.model if self.plan else ""
                 raise PlanMismatchError(

@@ -11,43 +11,75 @@ plan or by rule.
 from __future__ import annotations
 
 import contextlib
-import logging
+import threading
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from vdnn.calls import Frame, Hook, ModuleCalls
 from vdnn.engine.account import EngineReport
 from vdnn.engine.device import Device
-from vdnn.engine.offloader import Offloader, storage_keys
+from vdnn.engine.offloader import Offloader, is_plain, storage_keys
 from vdnn.engine.schedule import Rule, Schedule
 from vdnn.errors import EngineError
 
-__all__ = ["Engine", "engine_of", "offloading", "unwrap_model", "wrap_model"]
-
-log = logging.getLogger("vdnn")
+__all__ = ["Engine", "Offloading", "engine_of", "offloading", "unwrap_model", "wrap_model"]
 
 ScheduleFor = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Schedule]
 
 _ENGINES: weakref.WeakKeyDictionary[nn.Module, Engine] = weakref.WeakKeyDictionary()
 
 
+class _Calls(ModuleCalls):
+    """Module calls that are followed only while something can move."""
+
+    def __init__(self, root: nn.Module, on_begin: Callable[[Frame], None], on_end: Callable[[Frame], None]) -> None:
+        super().__init__(root, on_begin, on_end)
+        self.attached = False
+
+    def attach(self) -> None:
+        self.attached = True
+        super().attach()
+
+    def detach(self) -> None:
+        self.attached = False
+        super().detach()
+
+    def in_root(self) -> bool:
+        """Whether the call of the root that begins now is made inside another call of it."""
+        return self.current is not None and self._runs_inside_itself()
+
+    def join(self) -> None:
+        """Follow the root's call from inside one of its own hooks, where it is too late for new ones to run."""
+        self.attach()
+        self._begin(self.root, ())
+
+
 class Engine:
-    """The engine on one model: follows its module calls and opens the hooks while its forward runs."""
+    """The engine on one model: follows its module calls and opens the hooks while its forward runs.
+
+    At the start of each pass it decides; a pass in which nothing can move runs as if the model were not wrapped.
+    """
 
     def __init__(self, model: nn.Module, device: Device, schedule_for: ScheduleFor) -> None:
         self.offloader = Offloader(device)
         self.last: Schedule | None = None
         self._schedule_for = schedule_for
-        self._calls = ModuleCalls(model, self._on_begin, self._on_end)
-        self._hooks: contextlib.ExitStack | None = None
-        self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-        self._calls.attach()
-        # in front of the hook that begins the root's call: the arguments must be known by then
-        self._first = model.register_forward_pre_hook(Hook(self._before), with_kwargs=True, prepend=True)
+        self._deciding = False
+        self._next: Schedule | None = None
+        self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
+        self._thread: threading.Thread | None = None
+        self._calls = _Calls(model, self._on_begin, self._on_end)
+        self._first = self._watch(model)
+
+    def _watch(self, model: nn.Module) -> RemovableHandle:
+        """Decide in front of every other hook on the model: what follows its calls must know by then."""
+        return model.register_forward_pre_hook(Hook(self._before), with_kwargs=True, prepend=True)
 
     def remove(self) -> None:
         """Take every hook off the model."""
@@ -78,40 +110,62 @@ class Engine:
         )
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._calls.current is None:
-            self._arguments = (args, kwargs)
+        if self._deciding:
+            return  # deciding may run the model (a capture); that is no pass
+        if self._thread is not None and self._thread is not threading.current_thread() and self._thread.is_alive():
+            raise EngineError(
+                f"the wrapped {type(module).__name__} was called in thread {threading.current_thread().name!r} while "
+                f"thread {self._thread.name!r} is in its forward: give each thread a model of its own, or a lock"
+            )
+        if self._calls.in_root():
+            return
+        self._close()  # a forward that was broken off by more than an Exception leaves its hooks open
+        self._calls.current = None
+        if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            return
+        self._deciding = True
+        try:
+            schedule = self._schedule_for(module, args, kwargs)
+        finally:
+            self._deciding = False
+        self.last = schedule
+        if schedule.idle:
+            self.offloader.counts.passes += 1
+            if self._calls.attached:
+                self._calls.detach()
+            return
+        self._next = schedule
+        if not self._calls.attached:
+            self._calls.join()
+            self._first.remove()
+            self._first = self._watch(module)
 
     def _on_begin(self, frame: Frame) -> None:
         if frame.parent is None:
-            self._close()  # a forward that was broken off by more than an Exception leaves its hooks open
-            args, kwargs = self._arguments
-            self._arguments = ((), {})
-            if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            schedule, self._next = self._next, None
+            if schedule is None:
                 return
-            # deciding may run the model (a capture), so the root's frame must not be seen by it
-            self._calls.current = None
-            schedule = self._schedule_for(frame.module, args, kwargs)
-            self._calls.current = frame
-            self.last = schedule
-            self.offloader.begin(schedule, storage_keys(frame.module))
-            self._hooks = contextlib.ExitStack()
-            self._hooks.enter_context(
-                torch.autograd.graph.saved_tensors_hooks(self.offloader.pack, self.offloader.unpack)
-            )
-        self.offloader.frame = frame
+            self._open(schedule, frame.module)
         self.offloader.enter(frame)
 
     def _on_end(self, frame: Frame) -> None:
         self.offloader.leave(frame)
-        self.offloader.frame = frame.parent
         if frame.parent is None:
             self._close()
 
+    def _open(self, schedule: Schedule, model: nn.Module) -> None:
+        self.offloader.begin(schedule, storage_keys(model))
+        self._thread = threading.current_thread()
+        hooks = torch.autograd.graph.saved_tensors_hooks(self.offloader.pack, self.offloader.unpack)
+        hooks.__enter__()
+        self._hooks = hooks
+
     def _close(self) -> None:
         hooks, self._hooks = self._hooks, None
+        thread, self._thread = self._thread, None
         self.offloader.end()
-        if hooks is not None:
-            hooks.close()
+        if hooks is not None and thread is threading.current_thread():
+            hooks.__exit__()  # those of a thread that has ended are gone with it
 
 
 def wrap_model(model: nn.Module, device: Device, schedule_for: ScheduleFor) -> Engine:
@@ -154,22 +208,47 @@ def engine_of(model: nn.Module) -> Engine:
     return engine
 
 
-@contextlib.contextmanager
-def offloading(device: Device, rule: Rule, model: nn.Module | None = None) -> Iterator[Offloader]:
+def offloading(device: Device, rule: Rule, model: nn.Module | None = None) -> Offloading:
     """Offload by rule whatever autograd saves inside the block. Backward may run inside or after it.
 
     Modules that run inside are followed, so that their parameters and buffers stay.
     """
-    offloader = Offloader(device)
-    offloader.begin(Schedule(None, rule), storage_keys(model) if model is not None else set())
+    return Offloading(device, rule, model)
 
-    def before(module: nn.Module, args: Any) -> None:
+
+class Offloading(AbstractContextManager[Offloader]):
+    """The engine on a block of code; may be used again once the block is over.
+
+    Raises:
+        EngineError: the same object is entered a second time inside its own block.
+    """
+
+    def __init__(self, device: Device, rule: Rule, model: nn.Module | None = None) -> None:
+        self.offloader = Offloader(device)
+        self._schedule = Schedule(None, rule)
+        self._model = model
+        self._stack: contextlib.ExitStack | None = None
+
+    def __enter__(self) -> Offloader:
+        if self._stack is not None:
+            raise EngineError("this offload block is open already: make another one, or close it first")
+        offloader = self.offloader
+        with contextlib.ExitStack() as stack:
+            if not self._schedule.idle:
+                offloader.begin(self._schedule, storage_keys(self._model) if self._model is not None else set())
+                stack.callback(offloader.end)
+                stack.callback(nn.modules.module.register_module_forward_pre_hook(self._before).remove)
+                hooks = torch.autograd.graph.saved_tensors_hooks(offloader.pack, offloader.unpack)
+                stack.enter_context(cast(AbstractContextManager[None], hooks))
+            self._stack = stack.pop_all()
+        return offloader
+
+    def __exit__(self, *error: object) -> None:
+        stack, self._stack = self._stack, None
+        if stack is not None:
+            stack.close()
+
+    def _before(self, module: nn.Module, args: Any) -> None:
         for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None and tensor.layout is torch.strided and type(tensor.data) is torch.Tensor:
-                offloader.fixed.add(tensor.untyped_storage()._cdata)
-
-    with contextlib.ExitStack() as stack:
-        stack.callback(offloader.end)
-        stack.callback(nn.modules.module.register_module_forward_pre_hook(before).remove)
-        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(offloader.pack, offloader.unpack))
-        yield offloader
+            if tensor is not None and is_plain(tensor) and not tensor.is_meta:
+                self.offloader.fixed.add(tensor.untyped_storage()._cdata)

@@ -1,0 +1,105 @@
+"""`Pass`: one forward and the backward that follows it, and the storages that were saved in it.
+
+Its tables hold storages weakly: what autograd has dropped is gone, whenever and in whatever thread that was.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+
+from vdnn.calls import Frame
+from vdnn.engine.schedule import NOTHING, Schedule
+from vdnn.engine.storage import SavedStorage
+from vdnn.values.plan import OUTSIDE
+
+__all__ = ["Pass", "extent"]
+
+_NOWHERE = nn.Module()  # stands for the module of what is packed outside every module of the model
+# One copy of a storage: whose bytes, at which version, which of them, and the copy.
+_Copy = tuple[weakref.ref[torch.UntypedStorage], int, int, int, weakref.ref[SavedStorage]]
+
+
+class Pass:
+    """What the engine knows of one pass."""
+
+    __slots__ = (
+        "__weakref__",
+        "_copies",
+        "_entries",
+        "_inflight",
+        "_inflight_bytes",
+        "ahead_bytes",
+        "next_ahead",
+        "order",
+        "outside",
+        "schedule",
+    )
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+        self.order: list[weakref.ref[SavedStorage]] = []  # those that left by rule, in pack order
+        self.ahead_bytes = 0  # fetched before backward asked, and not asked for yet
+        self.next_ahead: int | None = None  # place in `order` of the next one to fetch ahead
+        # packs outside every module of the model
+        self.outside = Frame(_NOWHERE, OUTSIDE, 0, None)
+        self.outside.slot = schedule.calls.get((OUTSIDE, 0), NOTHING)
+        self._entries: dict[int, list[weakref.ref[SavedStorage]]] = {}
+        self._copies: dict[int, list[_Copy]] = {}
+        self._inflight: deque[tuple[int, weakref.ref[SavedStorage]]] = deque()
+        self._inflight_bytes = 0
+
+    def copy_of(self, storage: torch.UntypedStorage, version: int, first: int, nbytes: int) -> SavedStorage | None:
+        """The copy of these bytes, if there is one of this version."""
+        for alive, known_version, known_first, known_bytes, weak in self._copies.get(storage._cdata, ()):
+            # an address may be another storage's by now; the object is the same as long as the storage lives
+            if known_version == version and known_first == first and known_bytes == nbytes and alive() is storage:
+                return weak()
+        return None
+
+    def leaves(self, storage: torch.UntypedStorage, version: int) -> bool:
+        """Whether the whole storage has been copied at this version."""
+        return self.copy_of(storage, version, 0, storage.nbytes()) is not None
+
+    def add(self, storage: torch.UntypedStorage, version: int, saved: SavedStorage, entry: int) -> None:
+        """Note a new copy; `entry` is its entry in the plan, or -1."""
+        weak = weakref.ref(saved)
+        copies = [copy for copy in self._copies.get(storage._cdata, ()) if copy[0]() is storage]
+        copies.append((weakref.ref(storage), version, saved.first, saved.nbytes, weak))
+        self._copies[storage._cdata] = copies
+        if entry >= 0:
+            self._entries.setdefault(entry, []).append(weak)
+        else:
+            saved.place = len(self.order)
+            self.order.append(weak)
+            self._inflight.append((saved.nbytes, weak))
+            self._inflight_bytes += saved.nbytes
+
+    def too_many(self) -> Iterator[SavedStorage]:
+        """Those on their way by rule, oldest first, until the rest is within the rule's bound."""
+        bound = self.schedule.rule.max_inflight_bytes
+        while self._inflight_bytes > bound:
+            nbytes, weak = self._inflight.popleft()
+            self._inflight_bytes -= nbytes
+            saved = weak()
+            if saved is not None:
+                yield saved
+
+    def of_entries(self, entries: Iterable[int]) -> list[SavedStorage]:
+        """Those that live and belong to these entries of the plan."""
+        found = (weak() for entry in entries for weak in self._entries.get(entry, ()))
+        return [saved for saved in found if saved is not None]
+
+
+def extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """First byte and number of bytes that the tensor spans in its storage."""
+    size = tensor.element_size()
+    first = int(tensor.storage_offset()) * size
+    if tensor.is_contiguous():
+        return first, tensor.nbytes
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return first, (int(last) + 1) * size
