@@ -170,7 +170,7 @@ class Oracle:
             for p in s.pieces
             if p.state == "free"
         ]
-        return sorted(found, key=lambda item: item[0])
+        return sorted(found, key=lambda item: item[:1] if self.options.oldest_segment_first else item[:2])
 
     def find(self, small, stream, rounded):
         fitting = [item for item in self.free_pieces(small, stream) if item[0] >= rounded]

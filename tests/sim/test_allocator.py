@@ -51,8 +51,9 @@ DIVISIONS = st.sampled_from([0, 1, 2, 4, 8, 64])
 @st.composite
 def option_values(draw: st.DrawFn) -> AllocatorOptions:
     """Any options, plain ones often."""
+    oldest = draw(st.booleans())
     if draw(st.booleans()):
-        return AllocatorOptions()
+        return AllocatorOptions(oldest_segment_first=oldest)
     segment = draw(st.sampled_from([20 * MIB, 32 * MIB]))
     options = AllocatorOptions(
         max_split_bytes=draw(st.sampled_from([None, segment, 34 * MIB, 64 * MIB])),
@@ -61,6 +62,7 @@ def option_values(draw: st.DrawFn) -> AllocatorOptions:
         roundup_divisions=tuple(draw(st.lists(DIVISIONS, min_size=16, max_size=16))),
         garbage_collection_threshold=draw(st.sampled_from([0.0, 0.0, 0.25, 0.7])),
         expandable_segments=draw(st.booleans()),
+        oldest_segment_first=oldest,
     )
     options.check()
     return options

@@ -53,7 +53,9 @@ class AllocatorOptions:
 
     `max_split_bytes`: larger blocks are never split (None: all may be). `roundup_divisions`: into how many steps
     the space between two powers of two is divided, by interval of size; 0 or 1: round to 512 bytes.
-    `garbage_collection_threshold` works only with a limit on what the process may take.
+    `garbage_collection_threshold` works only with a limit on what the process may take. `oldest_segment_first` is no
+    setting but a change between releases: of free blocks of equal size torch 2.14 takes the one whose segment was made
+    first, 2.11 the one with the lowest address.
     """
 
     max_split_bytes: int | None = None
@@ -62,6 +64,7 @@ class AllocatorOptions:
     roundup_divisions: tuple[int, ...] = (0,) * _INTERVALS
     garbage_collection_threshold: float = 0.0
     expandable_segments: bool = False
+    oldest_segment_first: bool = True
 
     def check(self) -> None:
         """Name the first setting that torch would refuse.

@@ -49,6 +49,8 @@ class Releasing:
 
     def new_order(self) -> int:
         """The place in the order of free blocks for those of a new segment: after all that were made before."""
+        if not self.options.oldest_segment_first:
+            return 0
         self._segments_made += 1
         return self._segments_made << ADDRESS
 
