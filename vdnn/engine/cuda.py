@@ -12,6 +12,7 @@ import sys
 import torch
 
 from vdnn.engine.device import Buffer, HostBlock, byte_view
+from vdnn.engine.hostlimit import default_host_budget
 from vdnn.engine.hostpool import HostPool
 from vdnn.errors import UsageError
 
@@ -23,7 +24,8 @@ class CudaDevice:
 
     Args:
         index: which one; None for the current.
-        host_budget_bytes: reserve no more pinned memory than this.
+        host_budget_bytes: reserve no more pinned memory than this; None for what the machine, the container and
+            the process have to spare, shared with the other ranks of the node.
 
     Raises:
         UsageError: there is no CUDA device, or not that many.
@@ -41,7 +43,8 @@ class CudaDevice:
         self.name = torch.cuda.get_device_name(index)
         self.offload_stream = torch.cuda.Stream(self.torch_device)
         self.prefetch_stream = torch.cuda.Stream(self.torch_device)
-        self._pool = HostPool(_pin, host_budget_bytes)
+        budget = default_host_budget() if host_budget_bytes is None else host_budget_bytes
+        self._pool = HostPool(self._pin, budget)
 
     def holds(self, tensor: torch.Tensor) -> bool:
         return tensor.device == self.torch_device
@@ -94,21 +97,21 @@ class CudaDevice:
     def host_bytes(self) -> tuple[int, int, int]:
         return self._pool.sizes()
 
-
-def _pin(data: torch.Tensor) -> _Pin | None:
-    """Page-lock the tensor's memory in place, for as long as the pin lives; None if the driver refuses."""
-    failed = int(torch.cuda.cudart().cudaHostRegister(data.data_ptr(), data.numel(), 0))
-    return None if failed else _Pin(data)
+    def _pin(self, data: torch.Tensor) -> _Pin | None:
+        """Page-lock the tensor's memory in place, for as long as the pin lives; None if the driver refuses."""
+        failed = int(torch.cuda.cudart().cudaHostRegister(data.data_ptr(), data.numel(), 0))
+        return None if failed else _Pin(data, self.torch_device)
 
 
 class _Pin:
     """Unpins the memory before it is freed; a copy may still be on its way, so it waits for the device."""
 
-    def __init__(self, data: torch.Tensor) -> None:
+    def __init__(self, data: torch.Tensor, device: torch.device) -> None:
         self._data = data
+        self._device = device
 
     def __del__(self) -> None:
         if sys.is_finalizing():
             return  # the driver unpins by itself when the process ends
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self._device)
         torch.cuda.cudart().cudaHostUnregister(self._data.data_ptr())

@@ -14,6 +14,7 @@ that they are ordered.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -38,17 +39,23 @@ class Buffer:
 class HostBlock:
     """Bytes in host memory. `busy` is the event after which the next owner may write them.
 
-    `pin` is whatever keeps the memory page-locked while it lives, None for pageable memory.
+    `pin` is whatever keeps the memory page-locked while it lives, None for pageable memory. `lost` hears of the end
+    of a block that was taken and never given back (an interrupt may come between any two steps).
     """
 
-    __slots__ = ("busy", "data", "mark", "nbytes", "pin")
+    __slots__ = ("busy", "data", "lost", "mark", "nbytes", "pin")
 
     def __init__(self, data: torch.Tensor, nbytes: int, pin: object | None) -> None:
+        self.lost: Callable[[int], None] | None = None
         self.data = data
         self.nbytes = nbytes
         self.pin = pin
         self.busy: Event | None = None
         self.mark: Any = None
+
+    def __del__(self) -> None:
+        if self.lost is not None:
+            self.lost(self.data.numel())
 
 
 class Device(Protocol):
@@ -107,6 +114,11 @@ class Device(Protocol):
 
 def byte_view(tensor: torch.Tensor, first: int, nbytes: int) -> torch.Tensor:
     """Bytes [first, first + nbytes) of the tensor's storage, as a flat uint8 tensor that shares them."""
-    flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-    flat.set_(tensor.untyped_storage(), first, (nbytes,), (1,))
-    return flat
+    device = tensor.device
+    empty = _EMPTY.get(device)
+    if empty is None:
+        empty = _EMPTY[device] = torch.empty(0, dtype=torch.uint8, device=device)
+    return empty.new_empty(0).set_(tensor.untyped_storage(), first, (nbytes,), (1,))
+
+
+_EMPTY: dict[torch.device, torch.Tensor] = {}

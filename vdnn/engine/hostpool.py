@@ -49,26 +49,20 @@ class HostPool:
         # Blocks come back when the object that autograd holds dies, in any thread and even while this very
         # thread is inside `take`: an append to a deque is atomic, and `take` empties it under the lock.
         self._returned: deque[HostBlock] = deque()
-        self._warned = False
+        self._lost: deque[int] = deque()
+        self._warned: set[str] = set()
 
     def take(self, nbytes: int) -> HostBlock | None:
-        """A block of exactly `nbytes`, or None where the budget has no room for it."""
+        """A block of at least `nbytes`, or None where neither the budget nor the machine has room for it."""
         size = -(-max(nbytes, 1) // PAGE_BYTES) * PAGE_BYTES
         with self._lock:
             self._collect()
-            block = self._pop(size)
+            block = self._pop(size) or self._new(size)
             if block is None:
-                if self.budget_bytes is not None and self.reserved_bytes + size > self.budget_bytes:
-                    self._shrink(self.reserved_bytes + size - self.budget_bytes)
-                    if self.reserved_bytes + size > self.budget_bytes:
-                        self._warn(
-                            f"the host budget of {format_bytes(self.budget_bytes)} is spent: "
-                            f"{format_bytes(nbytes)} and whatever follows stay on the device; raise the budget"
-                        )
-                        return None
-                block = self._new(size)
+                return None
             block.nbytes = nbytes
-            self.used_bytes += size
+            block.lost = self._lost.append
+            self.used_bytes += block.data.numel()
             self.peak_bytes = max(self.peak_bytes, self.used_bytes)
             return block
 
@@ -86,14 +80,20 @@ class HostPool:
     def _collect(self) -> None:
         while self._returned:
             block = self._returned.popleft()
+            block.lost = None
             size = block.data.numel()
             self.used_bytes -= size
             self._free.setdefault(size, []).append(block)
+        while self._lost:
+            size = self._lost.popleft()
+            self.used_bytes -= size
+            self.reserved_bytes -= size
 
     def _pop(self, size: int) -> HostBlock | None:
         """A free block of that size, or else the smallest that is at most an eighth larger."""
-        if self._free.get(size):
-            return self._free[size].pop()
+        free = self._free.get(size)
+        if free:
+            return free.pop()
         fitting = [s for s, blocks in self._free.items() if blocks and size < s <= size + size // 8]
         return self._free[min(fitting)].pop() if fitting else None
 
@@ -105,9 +105,24 @@ class HostPool:
                 self.reserved_bytes -= size
                 wanted -= size
 
-    def _new(self, size: int) -> HostBlock:
-        with _disable_current_modes():  # host memory is not the device's: no account may see it
-            data = torch.empty(size, dtype=torch.uint8)
+    def _new(self, size: int) -> HostBlock | None:
+        if self.budget_bytes is not None and self.reserved_bytes + size > self.budget_bytes:
+            self._shrink(self.reserved_bytes + size - self.budget_bytes)
+            if self.reserved_bytes + size > self.budget_bytes:
+                self._warn(
+                    f"the host budget of {format_bytes(self.budget_bytes)} is spent: "
+                    f"{format_bytes(size)} and whatever follows stay on the device; raise the budget"
+                )
+                return None
+        try:
+            with _disable_current_modes():  # host memory is not the device's: no account may see it
+                data = torch.empty(size, dtype=torch.uint8)
+        except (MemoryError, RuntimeError) as error:  # torch's own allocator raises the latter
+            self._warn(
+                f"the host has no room for {format_bytes(size)} more ({format_bytes(self.reserved_bytes)} are "
+                f"reserved; {str(error).splitlines()[0]}): they stay on the device; give a smaller host budget"
+            )
+            return None
         mark_as_host(data)
         pin = self._pin(data) if self._pin is not None else None
         if self._pin is not None and pin is None:
@@ -117,6 +132,7 @@ class HostPool:
         return HostBlock(data, size, pin)
 
     def _warn(self, text: str) -> None:
-        if not self._warned:
-            self._warned = True
+        kind = text[:15]
+        if kind not in self._warned:
+            self._warned.add(kind)
             warnings.warn(text, stacklevel=4)

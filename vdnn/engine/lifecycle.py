@@ -28,11 +28,11 @@ class State(Enum):
 
 
 _MOVES = {
-    State.RESIDENT: {State.OFFLOADING, State.RELEASED},
-    State.OFFLOADING: {State.ON_HOST, State.RELEASED},
-    State.ON_HOST: {State.PREFETCHING, State.RELEASED},
-    State.PREFETCHING: {State.RESIDENT, State.RELEASED},
-    State.RELEASED: set(),
+    State.RESIDENT: (State.OFFLOADING, State.RELEASED),
+    State.OFFLOADING: (State.ON_HOST, State.RELEASED),
+    State.ON_HOST: (State.PREFETCHING, State.RELEASED),
+    State.PREFETCHING: (State.RESIDENT, State.RELEASED),
+    State.RELEASED: (),
 }
 
 
@@ -42,7 +42,7 @@ def move(current: State, wanted: State) -> State:
     Raises:
         LifecycleError: it is not; names both states and the ones allowed.
     """
-    if wanted not in _MOVES[current]:
-        allowed = ", ".join(sorted(state.name for state in _MOVES[current])) or "nothing"
-        raise LifecycleError(f"a saved storage cannot go from {current.name} to {wanted.name}; from there: {allowed}")
-    return wanted
+    if wanted in _MOVES[current]:
+        return wanted
+    allowed = ", ".join(sorted(state.name for state in _MOVES[current])) or "nothing"
+    raise LifecycleError(f"a saved storage cannot go from {current.name} to {wanted.name}; from there: {allowed}")

@@ -154,30 +154,32 @@ class Offloader:
 
     def _choose(self, here: Pass, frame: Frame, tensor: torch.Tensor, slot: Slot | None) -> SavedStorage | None:
         """The copy that stands for the tensor, started if need be; None where the tensor stays."""
-        action = slot.action if slot is not None else None
-        if slot is not None and action is not None:
+        action: Offload | None = None
+        if slot is not None and slot.action is not None:
             mismatch = slot.mismatch(tensor)
             if mismatch:
                 if len(self.counts.mismatches) < _MOST_MISMATCHES:
                     self.counts.mismatches.append(mismatch)
-                action = None
-            elif not isinstance(action, Offload):
+            elif isinstance(slot.action, Offload):
+                action = slot.action
+            else:
                 return None
         if action is None and not self._look:
             return None
-        if not is_plain(tensor) or not self.device.holds(tensor) or tensor.numel() == 0:
+        if not is_plain(tensor) or not self.device.holds(tensor):
             return None
         storage = tensor.untyped_storage()
         nbytes = storage.nbytes()
-        if nbytes == 0 or storage._cdata in self.fixed or self._belongs(frame, storage):
+        if nbytes == 0 or tensor.numel() == 0 or storage._cdata in self.fixed or self._belongs(frame, storage):
             return None
-        if isinstance(action, Offload):
-            whole, entry = action.whole, slot.entry if slot is not None else -1
+        if action is not None:
+            assert slot is not None
+            whole, entry = action.whole, slot.entry
         else:
             # a small view of a storage that leaves anyway goes with it: kept, it would hold the whole storage here
-            if not self._by_rule(here, frame, tensor) and not here.leaves(storage, tensor._version):
+            if not self._by_rule(here, frame, tensor) and here.copy_of(storage, tensor._version, 0, nbytes) is None:
                 return None
-            whole, entry = 2 * extent(tensor)[1] >= nbytes, -1
+            whole, entry = 2 * tensor.nbytes >= nbytes or 2 * extent(tensor)[1] >= nbytes, -1
         return self._copy(here, tensor, storage, (0, nbytes) if whole else extent(tensor), entry)
 
     @staticmethod
@@ -219,8 +221,7 @@ class Offloader:
             self.counts.offloaded_storages += 1
             self.counts.offloaded_bytes += nbytes
             here.add(storage, version, saved, entry)
-            for oldest in here.too_many():
-                oldest.release()
+            here.release_oldest()
             return saved
 
     def _release(self, here: Pass, entries: list[int]) -> None:

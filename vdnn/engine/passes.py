@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -55,22 +55,24 @@ class Pass:
 
     def copy_of(self, storage: torch.UntypedStorage, version: int, first: int, nbytes: int) -> SavedStorage | None:
         """The copy of these bytes, if there is one of this version."""
-        for alive, known_version, known_first, known_bytes, weak in self._copies.get(storage._cdata, ()):
+        copies = self._copies.get(storage._cdata)
+        if copies is None:
+            return None
+        for alive, known_version, known_first, known_bytes, weak in copies:
             # an address may be another storage's by now; the object is the same as long as the storage lives
             if known_version == version and known_first == first and known_bytes == nbytes and alive() is storage:
                 return weak()
         return None
 
-    def leaves(self, storage: torch.UntypedStorage, version: int) -> bool:
-        """Whether the whole storage has been copied at this version."""
-        return self.copy_of(storage, version, 0, storage.nbytes()) is not None
-
     def add(self, storage: torch.UntypedStorage, version: int, saved: SavedStorage, entry: int) -> None:
         """Note a new copy; `entry` is its entry in the plan, or -1."""
         weak = weakref.ref(saved)
-        copies = [copy for copy in self._copies.get(storage._cdata, ()) if copy[0]() is storage]
-        copies.append((weakref.ref(storage), version, saved.first, saved.nbytes, weak))
-        self._copies[storage._cdata] = copies
+        copy = (weakref.ref(storage), version, saved.first, saved.nbytes, weak)
+        others = self._copies.get(storage._cdata)
+        if others is None:
+            self._copies[storage._cdata] = [copy]
+        else:
+            others[:] = [*(other for other in others if other[0]() is storage), copy]
         if entry >= 0:
             self._entries.setdefault(entry, []).append(weak)
         else:
@@ -79,15 +81,15 @@ class Pass:
             self._inflight.append((saved.nbytes, weak))
             self._inflight_bytes += saved.nbytes
 
-    def too_many(self) -> Iterator[SavedStorage]:
-        """Those on their way by rule, oldest first, until the rest is within the rule's bound."""
+    def release_oldest(self) -> None:
+        """Release those on their way by rule, oldest first, until the rest is within the rule's bound."""
         bound = self.schedule.rule.max_inflight_bytes
         while self._inflight_bytes > bound:
             nbytes, weak = self._inflight.popleft()
             self._inflight_bytes -= nbytes
             saved = weak()
             if saved is not None:
-                yield saved
+                saved.release()
 
     def of_entries(self, entries: Iterable[int]) -> list[SavedStorage]:
         """Those that live and belong to these entries of the plan."""

@@ -63,13 +63,14 @@ class MemoryAccount(TorchDispatchMode):
             self._seen[key] = (StorageWeakRef(storage), grown)
         self._bound += grown
         if self._bound > self.peak_bytes:
-            self.peak_bytes = max(self.peak_bytes, self.live_bytes())
-            if self.limit_bytes is not None and self._bound > self.limit_bytes:
-                live = self._bound
+            live = self.live_bytes()
+            if self.limit_bytes is not None and live > self.limit_bytes:
+                # the storage will be gone as soon as the op has failed, but not before
                 raise DeviceOutOfMemory(
                     f"virtual device out of memory: {format_bytes(grown)} more make {format_bytes(live)} of "
                     f"{format_bytes(self.limit_bytes)}; offload more, take a smaller batch, or give it more memory"
                 )
+            self.peak_bytes = max(self.peak_bytes, live)
 
     def live_bytes(self) -> int:
         """Bytes alive now, exactly."""

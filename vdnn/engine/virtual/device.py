@@ -203,8 +203,11 @@ class VirtualDevice:
 
     def use(self, buffer: Buffer) -> torch.Tensor:
         with self._lock:
+            current = self.current_stream()
             if self.check:
-                buffer.mark.check_read(self.current_stream(), "use")
+                buffer.mark.check_read(current, "use")
+            if current is not buffer.stream:
+                buffer.mark.keepers.append(current)
             assert buffer.data is not None
             return buffer.data
 
@@ -212,9 +215,11 @@ class VirtualDevice:
         with self._lock:
             if buffer.data is None:
                 return
-            if self.check and reader is None:
+            if reader is not None:
+                buffer.mark.keepers.append(reader)
+            if self.check:
                 try:
-                    buffer.mark.check_write(self.current_stream(), "release")
+                    buffer.mark.check_end()
                 except RaceError as race:
                     # memory is mostly let go in a finalizer, where nothing can be raised: the next call does it
                     self.races.append(race)

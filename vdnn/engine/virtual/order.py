@@ -68,14 +68,20 @@ class Access:
 
 
 class History:
-    """The accesses of one piece of memory that a later one may have to wait for."""
+    """The accesses of one piece of memory that a later one may have to wait for.
 
-    __slots__ = ("reads", "what", "write")
+    `home` is the stream that the memory was allocated on: whoever gets it next uses it there. `keepers` are streams
+    that the allocator was told of; it waits for them first.
+    """
+
+    __slots__ = ("home", "keepers", "reads", "what", "write")
 
     def __init__(self, what: str, write: Access | None = None) -> None:
         self.what = what
         self.write = write
+        self.home = write.stream if write is not None else None
         self.reads: list[Access] = []
+        self.keepers: list[Stream] = []
 
     def check_read(self, stream: Stream, doing: str) -> None:
         """A read must come after the last write.
@@ -89,7 +95,7 @@ class History:
             )
 
     def check_write(self, stream: Stream, doing: str) -> None:
-        """A write, or the end of the memory, must come after the last write and all reads since.
+        """A write must come after the last write and all reads since.
 
         Raises:
             RaceError: it is not ordered; names both streams.
@@ -98,6 +104,19 @@ class History:
             if access is not None and not access.before(stream):
                 raise RaceError(
                     f"{doing}: {stream} reuses {self.what} without waiting for {access.stream}, which still {verb} it"
+                )
+
+    def check_end(self) -> None:
+        """The end of the memory must come after every access, as far as its home or a keeper knows.
+
+        Raises:
+            RaceError: it is not ordered; names both streams.
+        """
+        for access, verb in [(self.write, "writes"), *((read, "reads") for read in self.reads)]:
+            if access is not None and not any(access.before(s) for s in (self.home, *self.keepers) if s is not None):
+                raise RaceError(
+                    f"release: {self.home} may reuse {self.what} without waiting for {access.stream}, "
+                    f"which still {verb} it"
                 )
 
     def wrote(self, access: Access) -> None:
