@@ -27,7 +27,7 @@ def assembled(
     n = len(rec.ops)
     forward_end = next((i for i, op in enumerate(rec.ops) if op.phase != "forward"), n)
     for parameter in capture.model.parameters():
-        if parameter.grad is not None and parameter.grad.device.type == device:
+        if parameter.grad is not None and parameter.grad.device.type == capture.device:
             rec.stores[rec.store_of(parameter.grad)].category = "gradient"
     spans: dict[int, list[int]] = {}
     for i, op in enumerate(rec.ops):

@@ -22,7 +22,16 @@ _CLASSES: tuple[tuple[Kernel, tuple[str, ...]], ...] = (
     ("copy", ("copy", "clone", "cat", "stack", "_to_copy", "index", "gather", "scatter", "roll", "constant_pad")),
     ("reduce", ("sum", "mean", "amax", "amin", "softmax", "nll_loss", "var", "norm", "max", "min", "cumsum")),
 )
-_NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "device", "detach"}
+_NO_KERNEL = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "device",
+    "detach",
+    "lift_fresh",
+}
 
 
 def touched_bytes(tensor: torch.Tensor) -> int:

@@ -10,7 +10,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vdnn.tracing import rnn
 from vdnn.tracing.kernels import describe, touched_bytes
 from vdnn.values import Op
 
@@ -42,9 +41,10 @@ _CLONE = torch.ops.aten.clone.default
 class Recorder(TorchDispatchMode):
     """A dispatch mode above the fake one."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, rules: dict[Any, Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
+        self.rules = rules  # ops that run otherwise than torch has it
         self.ops: list[Op] = []
         self.stores: list[Store] = []
         self.phase: Any = "forward"
@@ -88,7 +88,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is _CLONE and self.node.startswith("Cudnn") and args[0].dtype is torch.uint8:
             return args[0]  # cuDNN's reserve is copied for a graph that is kept; without the engine every graph is
-        rule = rnn.RULES.get(func)
+        rule = self.rules.get(func)
         out = func(*args, **kwargs) if rule is None else rule(args)
         if not self.active or func.namespace == "prim":
             return out

@@ -60,8 +60,8 @@ def _run(mode: int, x: torch.Tensor, hidden: Any, weights: Any, *settings: Any) 
     projected = hx.shape[2] if cx is not None and hx.shape[2] != size else 0
     count = sum(w.numel() for w in weights)
     apart = weights[0].untyped_storage().nbytes() != count * weights[0].element_size()
-    if torch.is_autocast_enabled("cuda"):
-        dtype = torch.get_autocast_dtype("cuda")
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
         x, hx, cx = x.to(dtype), hx.to(dtype), None if cx is None else cx.to(dtype)
         whole = torch.empty(count, dtype=dtype, device=x.device)
         starts = accumulate((w.numel() for w in weights), initial=0)

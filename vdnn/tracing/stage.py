@@ -22,6 +22,7 @@ from vdnn.errors import CaptureError
 
 __all__ = [
     "autocast_as_on_cuda",
+    "channels_last",
     "faked",
     "lowered_to_bfloat16",
     "make_optimizer",
@@ -203,6 +204,16 @@ def lowered_to_bfloat16(model: nn.Module, given: Any) -> tuple[nn.Module, Any]:
     return model, tree_map_only(torch.Tensor, lambda t: t.to(torch.bfloat16) if t.is_floating_point() else t, given)
 
 
-def short(error: Exception) -> str:
+def channels_last(model: nn.Module, given: Any) -> tuple[nn.Module, Any]:
+    """The model and its inputs with images and kernels in NHWC."""
+
+    def changed(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+
+    moved: nn.Module = model.to(memory_format=torch.channels_last)
+    return moved, tree_map_only(torch.Tensor, changed, given)
+
+
+def short(error: BaseException) -> str:
     """An error in one line."""
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]

@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from vdnn.calls import ModuleCalls
 from vdnn.errors import CaptureError, UsageError, VdnnError, unknown_name
 from vdnn.models import Work
-from vdnn.tracing import attention, rnn, stage
+from vdnn.tracing import hardware, rnn, stage
 from vdnn.tracing.assembly import assembled
-from vdnn.tracing.hardware import AsOnCuda
 from vdnn.tracing.hooks import creator
 from vdnn.tracing.recorder import Recorder
 from vdnn.tracing.watch import Watch
@@ -33,6 +33,8 @@ __all__ = ["OPTIMIZERS", "PRECISIONS", "capture_model", "capture_work", "summed_
 
 PRECISIONS = ("fp32", "amp", "amp-bf16", "bf16")
 OPTIMIZERS = ("none", "sgd", "adamw")
+# what errors say when an op asks for the CUDA driver
+_DRIVER = ("NVIDIA driver", "CUDA driver", "hasPrimaryContext", "CUDA GPUs", "CUDA error", "cuDNN error")
 _AUTOCAST = {"amp": torch.float16, "amp-bf16": torch.bfloat16}
 
 
@@ -85,48 +87,76 @@ def capture_model(
     ):
         if value not in known:
             raise unknown_name(what, str(value), known)
-    corrections: list[str] = []
-    if device == "cuda" and torch.version.cuda is None:
-        raise CaptureError(
-            "this torch is built without CUDA, and a CUDA step cannot be captured with it: install a CUDA build of "
-            "torch (it needs no GPU), or capture for the CPU (device='cpu')"
+    step = _Step(model, args, kwargs, loss or summed_loss, targets, precision, optimizer, channels_last, name)
+
+    def on(place: str, *why: str) -> Trace:
+        capture, built = step.captured(place, device)
+        corrections = (
+            [*why, *hardware.said(place, precision in _AUTOCAST, capture.recurrent)] if device == "cuda" else []
         )
-    given: Any = None
-    with stage.undisturbed(), FakeTensorMode(allow_non_fake_inputs=False) as mode:
-        try:
-            if isinstance(model, nn.Module):
-                fake = stage.faked(mode, device, model)
-                built = type(model).__name__
-            else:
-                with torch.device(device):
-                    fake = model()
-                built = type(fake).__name__
-            if callable(args):
-                with torch.device(device):
-                    given = args(device)
-            else:
-                given = stage.faked(mode, device, (tuple(args), dict(kwargs or {})))
-        except VdnnError:
+        return assembled(capture, built, batch, precision, optimizer, device, channels_last, options, corrections)
+
+    if device == "cpu":
+        return on("cpu")
+    if torch.version.cuda is None:  # there a fake CUDA tensor ends the process
+        return on("cpu", "this torch is built without CUDA")
+    try:
+        return on("cuda")
+    except CaptureError as error:
+        cause = stage.short(error.__cause__) if error.__cause__ is not None else ""
+        if not any(sign in cause for sign in _DRIVER):
             raise
-        except Exception as error:
-            what = f"{name or 'the model'} cannot be built on fake tensors: {stage.short(error)}"
-            raise CaptureError(what) from error
-        if precision == "bf16":
-            fake, given = stage.lowered_to_bfloat16(fake, given)
-        if channels_last:
-            fake = fake.to(memory_format=torch.channels_last)
-            given = tree_map_only(
-                torch.Tensor, lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t, given
-            )
-        if device == "cuda" and rnn.flattened(fake):
-            corrections.append(rnn.SAID)
-        capture = Watch(fake, device, mode)
-        _run(capture, given, targets, loss or summed_loss, precision, optimizer, name or built)
-        if device == "cuda":
-            corrections.append(attention.SAID)
-        return assembled(
-            capture, name or built, batch, precision, optimizer, device, channels_last, options, corrections
-        )
+        why = f"an op asks for the driver ({str(error).split('cannot be captured: ')[-1].split(': ')[0]})"
+    return on("cpu", why)
+
+
+@dataclass(slots=True)
+class _Step:
+    """What is captured; on fake tensors of one device, and if need be once more on those of another."""
+
+    model: nn.Module | Callable[[], nn.Module]
+    args: tuple[Any, ...] | Callable[[str], tuple[tuple[Any, ...], dict[str, Any]]]
+    kwargs: dict[str, Any] | None
+    loss: Callable[[Any], torch.Tensor]
+    targets: Any
+    precision: str
+    optimizer: str
+    channels_last: bool
+    name: str
+
+    def captured(self, place: str, device: str) -> tuple[Watch, str]:
+        """The step of `device`, run on fakes of `place`; and the model's name."""
+        with stage.undisturbed(), FakeTensorMode(allow_non_fake_inputs=False) as mode:
+            try:
+                model, given = self._made(mode, place)
+            except VdnnError:
+                raise
+            except Exception as error:
+                what = f"{self.name or 'the model'} cannot be built on fake tensors: {stage.short(error)}"
+                raise CaptureError(what) from error
+            name = self.name or (type(self.model) if isinstance(self.model, nn.Module) else type(model)).__name__
+            if self.precision == "bf16":
+                model, given = stage.lowered_to_bfloat16(model, given)
+            if self.channels_last:
+                model, given = stage.channels_last(model, given)
+            capture = Watch(model, place, mode, hardware.rules(place, device))
+            capture.recurrent = device == "cuda" and rnn.flattened(model)
+            with contextlib.ExitStack() as stack:
+                if device == "cuda":
+                    stack.enter_context(hardware.as_on_cuda(place, self.precision in _AUTOCAST))
+                _run(capture, given, self.targets, self.loss, self.precision, self.optimizer, name)
+            return capture, name
+
+    def _made(self, mode: FakeTensorMode, place: str) -> tuple[nn.Module, Any]:
+        if isinstance(self.model, nn.Module):
+            model = stage.faked(mode, place, self.model)
+        else:
+            with torch.device(place):
+                model = self.model()
+        if callable(self.args):
+            with torch.device(place):
+                return model, self.args(place)
+        return model, stage.faked(mode, place, (tuple(self.args), dict(self.kwargs or {})))
 
 
 def _run(
@@ -162,13 +192,12 @@ def _run(
             calls.attach()
             try:
                 with contextlib.ExitStack() as stack:
-                    if capture.device == "cuda":
-                        stack.enter_context(AsOnCuda().everywhere())
                     stack.enter_context(capture.hooks.noted())
                     stack.enter_context(capture.walk.instead_of_the_engine())
                     stack.enter_context(rec)
                     results = _forward_backward(capture, given, loss, precision)
                     if steps is not None:
+                        _without_unused(steps, rec, capture.device)
                         rec.phase = "optimizer"
                         steps.step()
                     del results  # a training loop holds output and loss until its step is over
@@ -208,6 +237,15 @@ def _first_step(steps: torch.optim.Optimizer, rec: Recorder, device: str) -> Non
                 rec.stores[rec.store_of(tensor)].category = "optimizer_state"
 
 
+def _without_unused(steps: torch.optim.Optimizer, rec: Recorder, device: str) -> None:
+    """A parameter without a gradient never had states."""
+    for parameter, state in steps.state.items():
+        if parameter.grad is None:
+            for tensor in state.values():
+                if isinstance(tensor, torch.Tensor) and tensor.device.type == device:
+                    rec.stores[rec.store_of(tensor)].nbytes = 0
+
+
 def _explained(capture: Watch, error: Exception, name: str) -> CaptureError:
     where = capture.broken or capture.frame
     module = f"module {where.fqn or '<model>'} ({type(where.module).__name__})" if where else "the loss or backward"
@@ -239,7 +277,7 @@ def capture_work(
     targets: list[Any] = []  # made with the inputs: a training loop has them before the step
 
     def inputs(place: str) -> Any:
-        targets.append(work.targets(place))
+        targets[:] = [work.targets(place)]
         return work.inputs(place)
 
     def loss(output: Any) -> torch.Tensor:

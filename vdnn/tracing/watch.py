@@ -75,11 +75,12 @@ class _Direct:
 class Watch:
     """One capture in progress."""
 
-    def __init__(self, model: nn.Module, device: str, mode: FakeTensorMode) -> None:
+    def __init__(self, model: nn.Module, device: str, mode: FakeTensorMode, rules: dict[Any, Any]) -> None:
         self.mode = mode
         self.model = model
-        self.device = device
-        self.recorder = Recorder(device)
+        self.device = device  # of the fake tensors
+        self.recurrent = False
+        self.recorder = Recorder(device, rules)
         self.calls: list[list[Any]] = []
         self.saved: list[Packed] = []
         self.standins: list[weakref.ref[_StandIn] | None] = []
