@@ -40,6 +40,7 @@ LAYERS = {
     "training": 8,
     "deciding": 8,
     "trace_cache": 8,
+    "batches": 8,
     "integrations": 8,
     "cli": 8,
     "__init__": 8,
@@ -57,7 +58,19 @@ MAY_IMPORT = {
     7: {0, 1, 2},
     8: set(range(8)),
 }
-PUBLIC_FUNCTIONS = {"wrap", "unwrap", "offload", "report", "load", "capture", "plan", "simulate", "track", "run"}
+PUBLIC_FUNCTIONS = {
+    "wrap",
+    "unwrap",
+    "offload",
+    "report",
+    "load",
+    "capture",
+    "plan",
+    "simulate",
+    "track",
+    "run",
+    "max_batch",
+}
 NO_CONCEPT = {"utils", "helpers", "manager", "common"}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vdnn.api import capture, load, offload, plan, report, run, simulate, track, unwrap, wrap
+    from vdnn.api import capture, load, max_batch, offload, plan, report, run, simulate, track, unwrap, wrap
     from vdnn.engine import CudaDevice, VirtualDevice
 
 __version__ = "0.1.0"
@@ -16,6 +16,7 @@ __all__ = [
     "__version__",
     "capture",
     "load",
+    "max_batch",
     "offload",
     "plan",
     "report",

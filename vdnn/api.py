@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vdnn.tracker import Tracker
     from vdnn.training import Run
 
-__all__ = ["capture", "load", "offload", "plan", "report", "run", "simulate", "track", "unwrap", "wrap"]
+__all__ = ["capture", "load", "max_batch", "offload", "plan", "report", "run", "simulate", "track", "unwrap", "wrap"]
 
 log = logging.getLogger("vdnn")
 
@@ -121,6 +121,51 @@ def simulate(
     from vdnn.sim import simulate_step
 
     return simulate_step(trace, plan, named_hardware(hardware), memory_limit=memory_limit, timeline=timeline)
+
+
+def max_batch(
+    model: str,
+    hardware: str | Path | Hardware = "rtx4090",
+    policy: str = "none",
+    *,
+    memory: int | str | None = None,
+    precision: str = "fp32",
+    optimizer: str = "sgd",
+    limit: int = 1 << 16,
+    model_options: Mapping[str, object] | None = None,
+    traces: dict[Any, Trace] | None = None,
+    **options: Any,
+) -> tuple[RunResult, RunResult | None]:
+    """The largest batch of a model that fits on a GPU under a policy: the results there, and at the next that does not.
+
+    Args:
+        memory: device memory, "12GiB" or bytes, instead of the GPU's.
+        limit: no larger batch is tried; the second result is None if that one fits.
+        model_options: of the model, such as {"image_size": 288}.
+        traces: captures by step, filled here: give the same to several calls.
+        options: of the policy.
+
+    Raises:
+        UsageError: an unknown name or option.
+        InfeasibleError: a batch of 1 does not fit.
+    """
+    from vdnn.batches import largest_batch
+    from vdnn.policies import model_options as options_of
+    from vdnn.units import parse_size
+
+    machine = named_hardware(hardware)
+    there = machine.memory_bytes if memory is None else parse_size(memory)
+    given = {**options_of(policy), **(model_options or {})}
+    found = {} if traces is None else traces
+
+    def simulated(batch: int) -> RunResult:
+        key = (model, batch, tuple(sorted(given.items())), precision, optimizer)
+        if key not in found:
+            found[key] = capture(load(model, batch, **given), precision=precision, optimizer=optimizer)
+        trace = found[key]
+        return simulate(trace, _decide(trace, machine, policy, None, options), machine, memory_limit=there)
+
+    return largest_batch(simulated, there, limit=limit)
 
 
 def run(

@@ -182,7 +182,7 @@ def test_the_installed_command_is_this_one() -> None:
 
 def test_every_command_has_an_example() -> None:
     listed = vdnn("--help").stdout
-    for command in ("run", "capture", "plan", "simulate", "compare", "experiment", "report", "list"):
+    for command in ("run", "capture", "plan", "simulate", "compare", "max-batch", "experiment", "report", "list"):
         assert command in listed
         assert f"Example: vdnn {command}" in vdnn(command, "--help").stdout
 

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from vdnn.cli.predicting import capture, compare, plan, simulate
+from vdnn.cli.predicting import capture, compare, max_batch, plan, simulate
 from vdnn.cli.replaying import replay
 from vdnn.cli.running import experiment, run
 from vdnn.cli.showing import list_names, report
@@ -18,6 +18,7 @@ __all__ = ["app", "main"]
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 for command in (run, capture, plan, simulate, compare, experiment, report, replay):
     app.command()(command)
+app.command("max-batch")(max_batch)
 app.command("list")(list_names)
 
 

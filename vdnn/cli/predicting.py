@@ -23,6 +23,8 @@ from vdnn.cli.arguments import (
     Policy,
     Precision,
     Rules,
+    busy,
+    model_options,
     must_be_free,
     must_be_one,
     show_results,
@@ -33,7 +35,7 @@ from vdnn.errors import UsageError
 from vdnn.values import Plan, hardware
 from vdnn.values import load as load_value
 
-__all__ = ["capture", "compare", "plan", "simulate"]
+__all__ = ["capture", "compare", "max_batch", "plan", "simulate"]
 
 
 def capture(
@@ -185,3 +187,47 @@ def compare(
         from vdnn.reporting.plots import policies_figure, save_figure
 
         typer.echo(f"Wrote {save_figure(policies_figure(results), figure)}", err=True)
+
+
+def max_batch(
+    model: Model,
+    gpu: Gpu,
+    policy: Annotated[list[str] | None, typer.Option(help="A policy; again for another. Default: all.")] = None,
+    memory: Annotated[str, typer.Option(help="Device memory, 12GiB, instead of the GPU's.")] = "",
+    precision: Precision = "fp32",
+    optimizer: Optimizer = "sgd",
+    rules: Rules = "event",
+    options: ModelOptions = None,
+    as_json: Json = False,
+) -> None:
+    """Find the largest batch that fits under each policy, and what a sample then takes.
+
+    Example: vdnn max-batch torchvision:resnet50 --gpu rtx4090 --precision amp
+    """
+    from vdnn.errors import InfeasibleError, UsageError
+    from vdnn.policies import find, names
+    from vdnn.reporting import as_text, batches_table, result_row
+
+    chosen = list(policy or names())
+    for name in chosen:
+        find(name)
+    hardware(gpu)
+    if model.endswith((".json", ".json.gz")):
+        raise UsageError(f"{model} is a trace of one batch: name the model, it is captured at several")
+    results, traces = [], {}  # type: ignore[var-annotated]
+    for name in sorted(chosen, key=lambda name: name != "none"):
+        try:
+            with busy(f"looking for the largest batch of {model} under {name}"):
+                best, _ = api.max_batch(
+                    model, gpu, name, memory=memory or None, precision=precision, optimizer=optimizer,
+                    model_options=model_options(options), traces=traces, rules=rules,
+                )  # fmt: skip
+            results.append(best)
+        except (UsageError, InfeasibleError) as error:
+            if policy or (name == "none" and isinstance(error, UsageError)):
+                raise
+            typer.echo(f"vdnn: left out: {error}", err=True)
+    if as_json:
+        typer.echo(json.dumps([result_row(result) for result in results], indent=1))
+    else:
+        typer.echo(as_text(batches_table(results)), nl=False)

@@ -7,6 +7,7 @@ from vdnn.reporting.rows import comparisons, difference_rows, differences, resul
 from vdnn.reporting.sheet import as_text
 from vdnn.reporting.summaries import as_rows, hardware_row, layer_shares, plan_rows, summarise
 from vdnn.reporting.text import (
+    batches_table,
     hardware_table,
     plan_report,
     result_report,
@@ -17,6 +18,7 @@ from vdnn.reporting.text import (
 __all__ = [
     "as_rows",
     "as_text",
+    "batches_table",
     "comparisons",
     "difference_rows",
     "differences",

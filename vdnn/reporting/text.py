@@ -20,6 +20,7 @@ from vdnn.values import Hardware, Plan, RunResult, Stall, Trace
 
 __all__ = [
     "as_text",
+    "batches_table",
     "hardware_table",
     "plan_report",
     "result_report",
@@ -218,6 +219,33 @@ def _stalls(stalls: Sequence[Stall], top: int) -> Sheet:
         Column(f"lasts\n[{time.unit}]"),
     )
     return Sheet("", columns, tuple(rows))
+
+
+def batches_table(results: Sequence[RunResult]) -> Sheet:
+    """The largest batch that fits by policy, with its peak and its rate."""
+    levels = [level for level in LEVELS if any(peak_of(r, level) is not None for r in results)]
+    size = byte_scale(peak_of(r, level) for r in results for level in levels)
+    time = time_scale(r.iteration_time_ns for r in results)
+    rows = [
+        (
+            r.policy,
+            str(r.batch),
+            *(size.text(peak_of(r, level)) for level in levels),
+            time.text(r.iteration_time_ns),
+            NOTHING if not r.iteration_time_ns else f"{r.batch * 1e9 / r.iteration_time_ns:.1f}",
+        )
+        for r in results
+    ]
+    columns = (
+        Column("policy", words=True),
+        Column("largest\nbatch\n"),
+        *(Column(f"peak\n{level}\n[{size.unit}]") for level in levels),
+        Column(f"iteration\n\n[{time.unit}]"),
+        Column("samples\n\n[1/s]"),
+    )
+    first = results[0] if results else None
+    title = f"{first.model} · {first.gpu} · {first.precision} · {first.source}" if first else ""
+    return Sheet(title, columns, tuple(rows))
 
 
 # -- plan ----------------------------------------------------------------------------------------

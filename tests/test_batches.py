@@ -1,0 +1,66 @@
+"""The largest batch: it fits, the next does not, and few captures are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import vdnn
+from vdnn.batches import largest_batch
+from vdnn.errors import InfeasibleError
+from vdnn.values import RunResult
+
+
+def machine(peak: Callable[[int], int], memory: int) -> tuple[Callable[[int], RunResult], list[int]]:
+    asked: list[int] = []
+
+    def simulated(batch: int) -> RunResult:
+        asked.append(batch)
+        return RunResult(
+            "simulated", "m", batch, "g", "none", "fp32", "", "", peak_requested_bytes=peak(batch),
+            fits=peak(batch) <= memory,
+        )  # fmt: skip
+
+    return simulated, asked
+
+
+@given(st.integers(0, 10**6), st.integers(1, 10**5), st.integers(1, 10**8), st.integers(0, 3000))
+def test_the_answer_fits_and_the_next_does_not(fixed: int, each: int, memory: int, wobble: int) -> None:
+    def peak(batch: int) -> int:  # nearly linear: workspaces and rounding wobble, but never downwards
+        return fixed + each * batch + min(wobble * (batch // 7), each * batch)
+
+    simulated, asked = machine(peak, memory)
+    if peak(1) > memory:
+        with pytest.raises(InfeasibleError, match="even with a batch of 1"):
+            largest_batch(simulated, memory, limit=4096)
+        return
+    best, above = largest_batch(simulated, memory, limit=4096)
+    assert best.fits
+    assert len(asked) == len(set(asked)) <= 40
+    if above is None:
+        assert best.batch + max(1, best.batch // 32) >= 4096
+    else:
+        assert above.fits is False
+        assert above.batch - best.batch <= max(1, best.batch // 32)
+
+
+def test_a_linear_model_needs_few_captures() -> None:
+    simulated, asked = machine(lambda batch: 1000 + 37 * batch, 24_000)
+    best, above = largest_batch(simulated, 24_000)
+    assert above is not None
+    assert best.batch <= (24_000 - 1000) // 37 < above.batch
+    assert len(asked) <= 9
+
+
+def test_offload_makes_room_for_a_larger_batch() -> None:
+    found = {}
+    for policy in ("none", "vdnn-all"):
+        best, above = vdnn.max_batch("demo:cnn", "t4", policy, memory="64MiB", min_bytes=1)
+        assert above is not None
+        assert best.fits
+        assert not above.fits
+        found[policy] = best.batch
+    assert found["vdnn-all"] > found["none"] > 1
