@@ -48,11 +48,14 @@ def test_the_measured_peak_is_the_predicted_one_to_the_byte(
     assert not any("own account" in note for note in done.measured.notes)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "amp-bf16"])
+@pytest.mark.parametrize("precision", ["bf16", "amp-bf16", "amp"])
 def test_other_precisions_stay_exact(precision: str) -> None:
     done = vdnn.run(vdnn.load("demo:cnn", batch=2), steps=2, precision=precision, device="virtual", min_bytes=1)
     assert done.exact
+    assert done.engine is not None
+    assert done.engine.mismatches == ()
     assert done.measured.offloaded_bytes == done.predicted.offloaded_bytes
+    assert done.measured.peak_requested_bytes == done.predicted.peak_requested_bytes
     assert done.measured.precision == precision
 
 

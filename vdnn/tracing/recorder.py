@@ -90,6 +90,8 @@ class Recorder(TorchDispatchMode):
             return args[0]  # cuDNN's reserve is copied for a graph that is kept; without the engine every graph is
         rule = self.rules.get(func)
         out = func(*args, **kwargs) if rule is None else rule(args)
+        if func is torch.ops.aten.native_batch_norm.default:
+            out = _with_full_statistics(args, out)
         if not self.active or func.namespace == "prim":
             return out
         ins = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and self._here(t)]
@@ -129,3 +131,11 @@ class Recorder(TorchDispatchMode):
 
     def _here(self, tensor: torch.Tensor) -> bool:
         return tensor.device.type == self.device and tensor.layout is torch.strided
+
+
+def _with_full_statistics(args: Any, out: Any) -> Any:
+    """The CPU's batch norm keeps its statistics in the weight's dtype, where fakes say the input's (autocast)."""
+    given, weight = args[0], args[1]
+    if given.device.type != "cpu" or weight is None or weight.dtype == given.dtype:
+        return out
+    return out[0], *(torch.empty_like(t, dtype=weight.dtype) for t in out[1:])
