@@ -65,12 +65,27 @@ def describe(func: Any, args: Any, kwargs: Any, out: Any, aliases: bool) -> tupl
         return _matmul(name, args)
     if kernel == "attention":
         return _attention(name, args, kwargs)
+    if name in ("_cudnn_rnn", "_cudnn_rnn_backward"):
+        return _recurrent(name, args)
     count = first.numel() if isinstance(first, torch.Tensor) else 0
     for item in args:
         if isinstance(item, torch.Tensor):
             count = max(count, item.numel())
     per = {"norm": 8, "reduce": 4, "pool": 4}.get(kernel, 0 if kernel in ("copy", "embedding") else 1)
     return kernel, (count,), count * per
+
+
+def _recurrent(name: str, args: Any) -> tuple[Kernel, tuple[int, ...], int]:
+    """Every weight matrix is applied once to each time step of each sequence; dims: steps × sequences, weights."""
+    x, weights, per_layer = args[0], args[1], args[2]
+    tokens = x.numel() // x.shape[-1]
+    matrices = sum(w.numel() for w in weights if w.dim() > 1)
+    flops = 2 * tokens * matrices
+    if name.endswith("backward"):
+        bidirectional, mask = args[17], args[21]
+        of_input = sum(weights[i * per_layer].numel() for i in range(2 if bidirectional else 1))
+        flops = flops - (0 if mask[0] else 2 * tokens * of_input) + (flops if mask[3] else 0)
+    return "rnn", (tokens, matrices), flops
 
 
 def _conv(name: str, args: Any, out: Any) -> tuple[Kernel, tuple[int, ...], int]:
