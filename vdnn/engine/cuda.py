@@ -8,6 +8,7 @@ compute again. The side stream therefore waits for the compute stream before it 
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import torch
 
@@ -44,7 +45,8 @@ class CudaDevice:
         self.offload_stream = torch.cuda.Stream(self.torch_device)
         self.prefetch_stream = torch.cuda.Stream(self.torch_device)
         budget = default_host_budget() if host_budget_bytes is None else host_budget_bytes
-        self._pool = HostPool(self._pin, budget)
+        # not a bound method: the pool would hold the device, which holds the pool, and the memory would stay pinned
+        self._pool = HostPool(partial(_pin, self.torch_device), budget)
 
     def holds(self, tensor: torch.Tensor) -> bool:
         return tensor.device == self.torch_device
@@ -97,10 +99,11 @@ class CudaDevice:
     def host_bytes(self) -> tuple[int, int, int]:
         return self._pool.sizes()
 
-    def _pin(self, data: torch.Tensor) -> _Pin | None:
-        """Page-lock the tensor's memory in place, for as long as the pin lives; None if the driver refuses."""
-        failed = int(torch.cuda.cudart().cudaHostRegister(data.data_ptr(), data.numel(), 0))
-        return None if failed else _Pin(data, self.torch_device)
+
+def _pin(device: torch.device, data: torch.Tensor) -> _Pin | None:
+    """Page-lock the tensor's memory in place, for as long as the pin lives; None if the driver refuses."""
+    failed = int(torch.cuda.cudart().cudaHostRegister(data.data_ptr(), data.numel(), 0))
+    return None if failed else _Pin(data, device)
 
 
 class _Pin:
