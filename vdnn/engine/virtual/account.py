@@ -32,7 +32,7 @@ class MemoryAccount(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.limit_bytes = limit_bytes
         self.peak_bytes = 0
-        self._bound = 0
+        self._seen_bytes = 0
         self._seen: dict[int, tuple[StorageWeakRef, int]] = {}
         self._foreign: dict[int, StorageWeakRef] = {}
 
@@ -61,8 +61,8 @@ class MemoryAccount(TorchDispatchMode):
         else:
             grown = storage.nbytes()
             self._seen[key] = (StorageWeakRef(storage), grown)
-        self._bound += grown
-        if self._bound > self.peak_bytes:
+        self._seen_bytes += grown
+        if self._seen_bytes > self.peak_bytes:
             live = self.live_bytes()
             if self.limit_bytes is not None and live > self.limit_bytes:
                 # the storage will be gone as soon as the op has failed, but not before
@@ -75,10 +75,10 @@ class MemoryAccount(TorchDispatchMode):
     def live_bytes(self) -> int:
         """Bytes alive now, exactly."""
         for key in [key for key, (weak, _) in self._seen.items() if weak.expired()]:
-            self._bound -= self._seen.pop(key)[1]
+            self._seen_bytes -= self._seen.pop(key)[1]
         for key in [key for key, weak in self._foreign.items() if weak.expired()]:
             del self._foreign[key]
-        return self._bound
+        return self._seen_bytes
 
     def reset_peak(self) -> None:
         """Start a new peak from what is alive now."""

@@ -207,6 +207,7 @@ class VirtualDevice:
             if self.check:
                 buffer.mark.check_read(current, "use")
             if current is not buffer.stream:
+                buffer.mark.reads.append(current.issue())
                 buffer.mark.keepers.append(current)
             assert buffer.data is not None
             return buffer.data
