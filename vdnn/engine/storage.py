@@ -68,7 +68,6 @@ class SavedStorage:
         device.wait(device.offload_stream, device.record(device.current_stream()))
         if block.busy is not None:
             device.wait(device.offload_stream, block.busy)
-            block.busy = None
         self.state = move(self.state, State.OFFLOADING)  # before the copy: if that breaks off, it may be on its way
         device.copy_out(block, self._buffer)
         self._out = device.record(device.offload_stream)
