@@ -1,0 +1,17 @@
+"""Small scenarios on the virtual device, each of them right on the engine as it is."""
+
+from tests.engine.mutation.scenarios import cuda_calls, detector, memory, steps, streams, threads, versions
+from tests.engine.mutation.scenarios.base import SCENARIOS, Scenario, Wrong
+
+__all__ = [
+    "SCENARIOS",
+    "Scenario",
+    "Wrong",
+    "cuda_calls",
+    "detector",
+    "memory",
+    "steps",
+    "streams",
+    "threads",
+    "versions",
+]
