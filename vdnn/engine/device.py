@@ -114,11 +114,5 @@ class Device(Protocol):
 
 def byte_view(tensor: torch.Tensor, first: int, nbytes: int) -> torch.Tensor:
     """Bytes [first, first + nbytes) of the tensor's storage, as a flat uint8 tensor that shares them."""
-    device = tensor.device
-    empty = _EMPTY.get(device)
-    if empty is None:
-        empty = _EMPTY[device] = torch.empty(0, dtype=torch.uint8, device=device)
-    return empty.new_empty(0).set_(tensor.untyped_storage(), first, (nbytes,), (1,))
-
-
-_EMPTY: dict[torch.device, torch.Tensor] = {}
+    empty = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return empty.set_(tensor.untyped_storage(), first, (nbytes,), (1,))

@@ -246,10 +246,12 @@ class Offloader:
             if isinstance(packed, Offloaded):
                 self._fetch(packed.owner, packed.storage)
             if slot is not None:
-                for saved in packed.owner.of_entries(slot.prefetch):
-                    self._prefetch(saved)
-                for saved in packed.owner.of_entries(slot.arrive):
-                    saved.arrive()
+                if slot.prefetch:
+                    for saved in packed.owner.of_entries(slot.prefetch):
+                        self._prefetch(saved)
+                if slot.arrive:
+                    for saved in packed.owner.of_entries(slot.arrive):
+                        saved.arrive()
             return packed.restore() if isinstance(packed, Offloaded) else restore_kept(packed.kept)
 
     def _fetch(self, here: Pass, storage: SavedStorage) -> None:

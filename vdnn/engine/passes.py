@@ -93,8 +93,13 @@ class Pass:
 
     def of_entries(self, entries: Iterable[int]) -> list[SavedStorage]:
         """Those that live and belong to these entries of the plan."""
-        found = (weak() for entry in entries for weak in self._entries.get(entry, ()))
-        return [saved for saved in found if saved is not None]
+        found = []
+        for entry in entries:
+            for weak in self._entries.get(entry, ()):
+                saved = weak()
+                if saved is not None:
+                    found.append(saved)
+        return found
 
 
 def extent(tensor: torch.Tensor) -> tuple[int, int]:

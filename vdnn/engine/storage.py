@@ -102,11 +102,12 @@ class SavedStorage:
         device.wait(device.prefetch_stream, self._out)
         try:
             device.copy_back(buffer, block, self._shift)
-        except BaseException:
-            device.drop(buffer, device.prefetch_stream)
-            raise
-        finally:
             self._back = device.record(device.prefetch_stream)
+        except BaseException:
+            # the copy may be on its way: whoever takes the memory or the block next has to wait for it
+            device.drop(buffer, device.prefetch_stream)
+            self._back = device.record(device.prefetch_stream)
+            raise
         self._buffer = buffer
         self._begin = self._shift - self.first
         self._waited = None

@@ -149,9 +149,11 @@ class Engine:
         self.offloader.enter(frame)
 
     def _on_end(self, frame: Frame) -> None:
-        self.offloader.leave(frame)
-        if frame.parent is None:
-            self._close()
+        try:
+            self.offloader.leave(frame)
+        finally:
+            if frame.parent is None:
+                self._close()
 
     def _open(self, schedule: Schedule, model: nn.Module) -> None:
         self.offloader.begin(schedule, storage_keys(model))
