@@ -23,7 +23,7 @@ import torch
 from vdnn.engine.device import Buffer, HostBlock, byte_view
 from vdnn.engine.hostpool import HostPool
 from vdnn.engine.virtual.account import MemoryAccount
-from vdnn.engine.virtual.order import Event, History, Stream
+from vdnn.engine.virtual.order import Event, Execution, History, Stream
 from vdnn.errors import RaceError
 from vdnn.units import parse_bandwidth, parse_size
 
@@ -52,6 +52,7 @@ class _Copy:
         self.poisoned = False
 
     def run(self) -> None:
+        """Carry the bytes, whatever they are by now."""
         with torch.no_grad():
             if self.poisoned:
                 self.target.fill_(POISON)
@@ -97,6 +98,7 @@ class VirtualDevice:
         self.copied_out_bytes = 0
         self.copied_back_bytes = 0
         self.races: list[RaceError] = []
+        self.execution = Execution()
         self._current = threading.local()
         self._queues: dict[Stream, deque[_Copy]] = {self.offload_stream: deque(), self.prefetch_stream: deque()}
         self._chance = random.Random(seed)
@@ -165,6 +167,7 @@ class VirtualDevice:
             stream = self.current_stream()
             buffer = Buffer(byte_view(tensor, first, nbytes), stream)
             buffer.mark = History("a saved tensor's memory", stream.issue())
+            self.execution.ran(stream, "pack", nbytes)
             return buffer
 
     def allocate(self, nbytes: int) -> Buffer:
@@ -173,6 +176,7 @@ class VirtualDevice:
             buffer = Buffer(torch.full((nbytes,), POISON, dtype=torch.uint8), stream)
             # whatever the memory held before was used on this stream, up to now
             buffer.mark = History("a restored tensor's memory", stream.issue())
+            self.execution.ran(stream, "allocate", nbytes)
             return buffer
 
     def copy_out(self, block: HostBlock, buffer: Buffer) -> None:
@@ -210,6 +214,7 @@ class VirtualDevice:
                 buffer.mark.reads.append(current.issue())
                 buffer.mark.keepers.append(current)
             assert buffer.data is not None
+            self.execution.ran(current, "use", buffer.data.numel())
             return buffer.data
 
     def drop(self, buffer: Buffer, reader: Stream | None = None) -> None:
@@ -272,6 +277,7 @@ class VirtualDevice:
                 copy = queue.popleft()
                 self._run_until(copy.after)
                 copy.run()
+                self.execution.ran(stream, "copy", copy.target.numel())
 
     def _dally(self) -> None:
         """By a seeded chance, let one late copy run now."""

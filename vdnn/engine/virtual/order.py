@@ -8,9 +8,28 @@ CPU kernels are never late, so wrong results alone would never show a missing wa
 
 from __future__ import annotations
 
+import hashlib
+
 from vdnn.errors import RaceError
 
-__all__ = ["Access", "Event", "History", "Stream"]
+__all__ = ["Access", "Event", "Execution", "History", "Stream"]
+
+
+class Execution:
+    """In what order the streams' work really ran, as one number: equal if and only if it ran in the same order."""
+
+    __slots__ = ("_hash",)
+
+    def __init__(self) -> None:
+        self._hash = hashlib.blake2b(digest_size=16)
+
+    def ran(self, stream: Stream, what: str, nbytes: int) -> None:
+        """Note the work that runs next."""
+        self._hash.update(f"{stream.name}: {what} {nbytes}\n".encode())
+
+    def digest(self) -> bytes:
+        """The order so far."""
+        return self._hash.digest()
 
 
 class Stream:
