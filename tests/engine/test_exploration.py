@@ -206,7 +206,7 @@ def test_many_orders_give_the_same_numbers(capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.slow
 def test_ten_thousand_orders_give_the_same_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     start = time.monotonic()
-    found = explored(300, 60)
+    found = explored(500, 60)
     with capsys.disabled():
         print(f"\n{found}; {time.monotonic() - start:.0f} s")
     assert len(found.orders) >= 10_000
