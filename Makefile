@@ -5,6 +5,8 @@ VENV ?= .venv
 OLDEST ?= .venv-oldest
 BIN = $(VENV)/bin
 PYTEST_ARGS ?=
+# Without its bytecode torch is compiled anew at every start, which takes longer than most tests.
+export PYTHONDONTWRITEBYTECODE =
 # What must work on the oldest torch, as far as it exists.
 CORE = $(wildcard tests/values tests/sim tests/engine tests/tracing)
 

@@ -1,0 +1,53 @@
+"""What the parts share: the device, the time that is left, the link once it is measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from experiments.gpu.workloads import SMALL, WORKLOADS, Workload
+from vdnn.values import Hardware, hardware
+
+__all__ = ["ROOT", "Session"]
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Session:
+    """Args: folder: where files go; seconds: nothing new is started after them; only: names of the workloads to run."""
+
+    def __init__(self, virtual: bool, folder: Path, seconds: float, only: Sequence[str] = ()) -> None:
+        self.virtual = virtual
+        self.device = torch.device("cpu" if virtual else "cuda")
+        self.folder = folder
+        self.link: dict[str, int] = {}
+        given = SMALL if virtual else WORKLOADS
+        self.workloads: tuple[Workload, ...] = tuple(
+            w for w in given if not only or any(part in w.name for part in only)
+        )
+        self._end = time.perf_counter() + seconds
+
+    def left_s(self) -> float:
+        return self._end - time.perf_counter()
+
+    def over(self) -> bool:
+        return self.left_s() < 0
+
+    def hardware(self) -> Hardware:
+        """The preset of the H200, with this machine's link."""
+        machine = hardware("h200")
+        if not self.link:
+            return machine
+        return dataclasses.replace(
+            machine,
+            d2h_bytes_per_s=float(self.link["d2h_bytes_per_s"]),
+            h2d_bytes_per_s=float(self.link["h2d_bytes_per_s"]),
+        )
+
+    def synchronize(self) -> None:
+        if not self.virtual:
+            torch.cuda.synchronize()
