@@ -231,7 +231,7 @@ def wrap(
 
     Alone it offloads no more than it takes for the step to fit into the device's memory: nothing, if it fits.
     The step is captured at the first training call of each input shape, from the real inputs, and planned from
-    that (the loss is taken for a sum of the outputs; what a loss outside the model saves stays). A model that
+    that (a loss outside the model is taken for a cross entropy of the outputs, and what it saves stays). A model that
     cannot be captured is offloaded by rule. One line in the log ("vdnn", level INFO) says what was decided.
 
     Args:

@@ -4,8 +4,10 @@
     …train…
     undo()
 
-It is `torch.utils.checkpoint` (non-reentrant) around each block's forward, with one thing put right: buffers that
-forward updates, such as the statistics of a batch norm, are updated once, not again by the recomputation.
+It is `torch.utils.checkpoint` (non-reentrant) around each block's forward, with two things put right. Buffers that
+forward updates, such as the statistics of a batch norm, are updated once, not again by the recomputation. And a
+block that changes its input in place is an error at once: gradients recomputed from it would be wrong. (An input that
+is changed later is autograd's own error, in backward.)
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from vdnn.errors import EngineError, UsageError
@@ -95,7 +98,15 @@ class _Recomputed:
         forward = self.before or type(self.block).forward.__get__(self.block)
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, context_fn=self._contexts, **kwargs)
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        before = [leaf._version for leaf in inputs if not leaf.is_inference()]
+        output = checkpoint(forward, *args, use_reentrant=False, context_fn=self._contexts, **kwargs)
+        if before != [leaf._version for leaf in inputs if not leaf.is_inference()]:
+            raise EngineError(
+                f"a {type(self.block).__name__} changes its input in place, so it cannot be recomputed from it: keep "
+                "that block (name the others with blocks=…), or let it work on a copy"
+            )
+        return output
 
     def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return contextlib.nullcontext(), self._buffers_as_before()

@@ -3,9 +3,10 @@
     a plan given        that plan, always
     a policy given      what the policy says of the step that is captured
     a budget            the plan that fits into it and takes the least time
-    neither             the same, with the memory there is: nothing moves if the step fits
+    neither             the same, with the memory there is: nothing moves if the step fits; else what takes the
+                        least time of offload alone, and of recomputing the repeated blocks with or without it
 
-The loss is taken for a sum of the outputs: what a loss outside the model saves stays where it is. A model that
+A loss outside the model is taken for a cross entropy of the outputs; what it saves stays where it is. A model that
 cannot be captured is offloaded by rule.
 """
 
@@ -14,21 +15,23 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from vdnn.checkpointing import checkpoint_blocks
+from vdnn.checkpointing import blocks_of, checkpoint_blocks
 from vdnn.engine import CudaDevice, Device, Rule, Schedule, VirtualDevice
-from vdnn.errors import CaptureError, InfeasibleError, UsageError
+from vdnn.errors import CaptureError, EngineError, InfeasibleError, UsageError
 from vdnn.measure import available_bytes, recognised
 from vdnn.planner import plan_for_budget
-from vdnn.policies import Options, decide
-from vdnn.tracing import OPTIMIZERS, capture_model
+from vdnn.policies import Options, decide, recomputed_blocks, remarks
+from vdnn.sim import simulate_step
+from vdnn.tracing import OPTIMIZERS, capture_model, likely_loss
 from vdnn.units import format_bytes
 from vdnn.values import Hardware, Plan, Trace, hardware
 
@@ -41,6 +44,14 @@ _UNDO: weakref.WeakKeyDictionary[nn.Module, Callable[[], None]] = weakref.WeakKe
 
 # Of a real device's memory, what the allocator's rounding and fragmentation and other libraries may take.
 _HEADROOM = 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Decision:
+    """A schedule, and whether the repeated blocks are recomputed under it; None: as the model is."""
+
+    schedule: Schedule
+    recompute: bool | None = None
 
 
 class Decider:
@@ -69,7 +80,7 @@ class Decider:
         self.options = options
         self.kind = "cuda" if isinstance(device, CudaDevice) else "cpu"
         self._fixed = None if fixed is None else Schedule(fixed)
-        self._made: dict[Any, Schedule] = {}
+        self._made: dict[Any, _Decision] = {}
 
     def schedule(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Schedule:
         """The schedule for a call with these inputs.
@@ -82,8 +93,17 @@ class Decider:
         key = self._key(model, args, kwargs)
         found = self._made.get(key)
         if found is None:
+            if self._free:
+                keep_blocks(model)  # the step is captured as the model itself runs it
             found = self._made[key] = self._make(model, args, kwargs)
-        return found
+        if found.recompute is not None and found.recompute != (model in _UNDO):
+            recompute_blocks(model) if found.recompute else keep_blocks(model)
+        return found.schedule
+
+    @property
+    def _free(self) -> bool:
+        """Whether it is the decider's to say what is recomputed."""
+        return not self.policy and self.budget_bytes is None
 
     def _key(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         shapes = [
@@ -100,47 +120,103 @@ class Decider:
             return "fp32"
         return "amp-bf16" if torch.get_autocast_dtype(self.kind) is torch.bfloat16 else "amp"
 
-    def _make(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Schedule:
-        name = type(model).__name__
+    def _make(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Decision:
         try:
-            trace = capture_model(
+            trace = self._capture(model, args, kwargs)
+        except CaptureError as error:
+            log.warning("vdnn: %s; offloading by rule instead", error)
+            return _Decision(Schedule(None, rule_for(self.policy or "vdnn-all", self.options)))
+        recompute = None
+        if self.policy:
+            plan = decide(self.policy, trace, self.machine, self.options)
+        elif self.budget_bytes is not None:
+            plan = plan_for_budget(trace, self.machine, self.budget_bytes, self.options)
+        else:
+            plan, recompute = self._least_time(trace, lambda: self._recomputing(model, args, kwargs, trace))
+        if not recompute:
+            plan = replace(plan, notes=(*plan.notes, *remarks(trace, plan)))
+        moved = sum(entry.action.action == "offload" for entry in plan.entries)
+        what = (
+            f"offload is active: {moved} of {len(plan.entries)} saved storages, {format_bytes(plan.offloaded_bytes)}"
+            if moved
+            else "nothing is offloaded"
+        )
+        log.info("vdnn: %s, policy %s: %s", trace.model, plan.policy, "; ".join((what, *plan.notes)))
+        return _Decision(Schedule(plan), recompute)
+
+    def _capture(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+        with _disable_current_modes():  # its fakes are no memory of the step that is under way
+            return capture_model(
                 model,
                 args,
                 kwargs,
+                loss=likely_loss,
                 precision=self._precision(),
                 optimizer=self.optimizer,
                 device=self.kind,
-                name=name,
+                name=type(model).__name__,
                 batch=next((int(x.shape[0]) for x in tree_leaves((args, kwargs)) if getattr(x, "ndim", 0)), 0),
             )
-        except CaptureError as error:
-            log.warning("vdnn: %s; offloading by rule instead", error)
-            return Schedule(None, rule_for(self.policy or "vdnn-all", self.options))
-        plan = self._decide(trace)
-        moved = sum(entry.action.action == "offload" for entry in plan.entries)
-        if moved:
-            log.info(
-                "vdnn: %s, policy %s: offload is active: %d of %d saved storages, %s; %s",
-                name, plan.policy, moved, len(plan.entries), format_bytes(plan.offloaded_bytes), "; ".join(plan.notes),
-            )  # fmt: skip
-        else:
-            log.info("vdnn: %s, policy %s: nothing is offloaded; %s", name, plan.policy, "; ".join(plan.notes))
-        return Schedule(plan)
 
-    def _decide(self, trace: Trace) -> Plan:
-        if self.policy:
-            return decide(self.policy, trace, self.machine, self.options)
-        if self.budget_bytes is not None:
-            return plan_for_budget(trace, self.machine, self.budget_bytes, self.options)
+    def _recomputing(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], trace: Trace
+    ) -> Trace | None:
+        """The same step with the repeated blocks recomputed; None where there are none, or the model does so itself."""
+        if not blocks_of(model) or recomputed_blocks(trace):
+            return None
+        recompute_blocks(model)
+        try:
+            return self._capture(model, args, kwargs)
+        except (CaptureError, EngineError) as error:
+            log.info("vdnn: recomputing the blocks of %s was not considered: %s", trace.model, error)
+            return None
+        finally:
+            keep_blocks(model)
+
+    def _least_time(self, trace: Trace, recomputing: Callable[[], Trace | None]) -> tuple[Plan, bool]:
+        """The plan for the memory there is, and whether it is one for recomputed blocks."""
         there = self.machine.memory_bytes
         if isinstance(self.device, CudaDevice):
             there = available_bytes(self.device.torch_device.index) * (100 - _HEADROOM) // 100
+        impossible: InfeasibleError | None = None
+        kept: Plan | None = None
         try:
-            return plan_for_budget(trace, self.machine, there, self.options)
+            kept = plan_for_budget(trace, self.machine, there, self.options)
+            if not kept.offloaded_bytes:
+                return kept, False
         except InfeasibleError as error:
-            log.warning("vdnn: %s; going on with the plan that needs the least memory", error)
-            least = replace(self.options, window_bytes=0, max_inflight_bytes=0, keep_soon=False)
-            return decide("vdnn-all", trace, self.machine, least)
+            impossible = error
+        other = recomputing()
+        try:
+            again = plan_for_budget(other, self.machine, there, self.options) if other is not None else None
+        except InfeasibleError:
+            again = None
+        if again is not None and other is not None:
+            ours = simulate_step(other, again, self.machine).iteration_time_ns or 0
+            if kept is None:
+                return _named(other, again, "offload alone does not fit"), True
+            theirs = simulate_step(trace, kept, self.machine).iteration_time_ns or 0
+            if ours < theirs:
+                return _named(
+                    other, again, f"offload alone would take {theirs / max(ours, 1):.2f} times the time"
+                ), True
+        if kept is not None:
+            return kept, False
+        log.warning("vdnn: %s; going on with the plan that needs the least memory", impossible)
+        if other is not None:
+            return _named(other, _least(other, self.machine, self.options), "nothing fits"), True
+        return _least(trace, self.machine, self.options), False
+
+
+def _least(trace: Trace, machine: Hardware, options: Options) -> Plan:
+    """The plan that needs the least memory: everything goes, and nothing comes back before it must."""
+    return decide("vdnn-all", trace, machine, replace(options, window_bytes=0, max_inflight_bytes=0, keep_soon=False))
+
+
+def _named(trace: Trace, plan: Plan, why: str) -> Plan:
+    """A plan for recomputed blocks by its policy's name, with the reason."""
+    name = "checkpoint-offload" if plan.offloaded_bytes else "checkpoint"
+    return replace(plan, policy=name, notes=(f"recomputes {len(recomputed_blocks(trace))} blocks: {why}", *plan.notes))
 
 
 def recompute_blocks(model: nn.Module, patterns: Sequence[str] = ()) -> None:

@@ -111,7 +111,7 @@ def test_wrap_alone_offloads_what_it_takes_to_fit(caplog: pytest.LogCaptureFixtu
     expected = steps(model, work)
     peak = vdnn.simulate(vdnn.capture(work, device="cpu")).peak_requested_bytes
     assert peak is not None
-    device = vdnn.VirtualDevice(memory=peak * 8 // 10)
+    device = vdnn.VirtualDevice(memory=peak * 8 // 10, d2h="200GB/s", h2d="200GB/s")  # faster than recomputation
     with caplog.at_level("INFO", "vdnn"):
         vdnn.wrap(model, device=device, optimizer="none")
         got = steps(model, work)

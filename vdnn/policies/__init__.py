@@ -4,8 +4,10 @@ plan = decide("vdnn-conv", trace, hardware, Options(rules="paper"))
 """
 
 from vdnn.policies import checkpoint, none, vdnn_all, vdnn_conv
+from vdnn.policies.checkpoint import recomputed_blocks
 from vdnn.policies.options import Options
 from vdnn.policies.registry import Policy, decide, find, model_options, names
+from vdnn.policies.remarks import remarks
 
 __all__ = [
     "Options",
@@ -16,6 +18,8 @@ __all__ = [
     "model_options",
     "names",
     "none",
+    "recomputed_blocks",
+    "remarks",
     "vdnn_all",
     "vdnn_conv",
 ]

@@ -25,31 +25,18 @@ from vdnn.models import Work
 from vdnn.tracing import hardware, rnn, stage
 from vdnn.tracing.assembly import assembled
 from vdnn.tracing.hooks import creator
+from vdnn.tracing.losses import summed_loss
 from vdnn.tracing.recorder import Recorder
 from vdnn.tracing.watch import Watch
 from vdnn.values import Trace
 
-__all__ = ["OPTIMIZERS", "PRECISIONS", "capture_model", "capture_work", "summed_loss"]
+__all__ = ["OPTIMIZERS", "PRECISIONS", "capture_model", "capture_work"]
 
 PRECISIONS = ("fp32", "amp", "amp-bf16", "bf16")
 OPTIMIZERS = ("none", "sgd", "adamw")
 # what errors say when an op asks for the CUDA driver
 _DRIVER = ("NVIDIA driver", "CUDA driver", "hasPrimaryContext", "CUDA GPUs", "CUDA error", "cuDNN error")
 _AUTOCAST = {"amp": torch.float16, "amp-bf16": torch.bfloat16}
-
-
-def summed_loss(output: Any) -> torch.Tensor:
-    """The sum of every floating tensor in a model's output."""
-    parts = [t.float().sum() for t in _tensors(output) if t.is_floating_point() and t.requires_grad]
-    if not parts:
-        raise UsageError("the model's output has no floating tensor that needs a gradient: there is nothing to train")
-    return torch.stack(parts).sum() if len(parts) > 1 else parts[0]
-
-
-def _tensors(output: Any) -> list[torch.Tensor]:
-    if isinstance(output, dict):  # Hugging Face's outputs are dicts, but no pytrees
-        return [t for value in output.values() for t in _tensors(value)]
-    return [t for t in tree_leaves(output) if isinstance(t, torch.Tensor)]
 
 
 def capture_model(

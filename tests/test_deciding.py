@@ -1,0 +1,178 @@
+"""`wrap` alone: nothing if the step fits, else the cheapest of what there is; and it says what stands in the way."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import vdnn
+from vdnn.checkpointing import checkpoint_blocks
+from vdnn.errors import EngineError
+
+
+def steps(model: nn.Module, work, number: int = 2, device: Any = None) -> list[torch.Tensor]:
+    args, kwargs = work.inputs("cpu")
+    targets = work.targets("cpu")
+    found: list[torch.Tensor] = []
+    for step in range(number):
+        torch.manual_seed(step)
+        with device or contextlib.nullcontext():  # what does not fit into its memory fails
+            loss = work.loss(model(*args, **kwargs), targets)
+            loss.backward()
+        found += [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+        found += [buffer.clone() for buffer in model.buffers()]
+        model.zero_grad(set_to_none=True)
+    return found
+
+
+def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
+    return len(left) == len(right) and all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+WORK = vdnn.load("demo:transformer", batch=4)
+
+
+@pytest.fixture(scope="module")
+def peak() -> int:
+    """Requested bytes of the plain step."""
+    found = vdnn.simulate(vdnn.capture(WORK, device="cpu", optimizer="none")).peak_requested_bytes
+    assert found is not None
+    return found
+
+
+def wrapped(memory: int, link: str, caplog: pytest.LogCaptureFixture) -> tuple[nn.Module, list[str]]:
+    """The model after two steps that were compared with plain ones, and what the log said."""
+    torch.manual_seed(0)
+    model = WORK.build()
+    plain = copy.deepcopy(model)
+    device = vdnn.VirtualDevice(memory=memory, d2h=link, h2d=link, seed=5)
+    with caplog.at_level(logging.INFO, "vdnn"):
+        vdnn.wrap(model, device=device, optimizer="none", min_bytes=1024)
+        expected = steps(plain, WORK)
+        for tensor in (*model.parameters(), *model.buffers()):
+            device.account.add(tensor)
+        assert same(steps(model, WORK, device=device), expected)
+    device.finish()
+    return model, [record.getMessage() for record in caplog.records]
+
+
+def test_nothing_moves_where_the_step_fits(peak: int, caplog: pytest.LogCaptureFixture) -> None:
+    model, said = wrapped(4 * peak, "12GB/s", caplog)
+    assert vdnn.report(model).offloaded_bytes == 0
+    assert len(said) == 1
+    assert "nothing is offloaded; the step fits into" in said[0]
+
+
+def test_a_fast_link_offloads(peak: int, caplog: pytest.LogCaptureFixture) -> None:
+    model, said = wrapped(peak * 9 // 10, "900GB/s", caplog)
+    assert vdnn.report(model).policy == "budget"
+    assert vdnn.report(model).offloaded_bytes > 0
+    assert "offload is active: " in said[0]
+
+
+def test_a_slow_link_recomputes_the_blocks(peak: int, caplog: pytest.LogCaptureFixture) -> None:
+    model, said = wrapped(peak * 9 // 10, "10MB/s", caplog)
+    assert vdnn.report(model).policy == "checkpoint"
+    assert len(said) == 1
+    assert "nothing is offloaded; recomputes 4 blocks: offload alone would take" in said[0]
+    vdnn.unwrap(model)
+    assert not any("forward" in vars(block) for block in model.modules())
+
+
+def test_each_shape_has_its_own_decision(peak: int) -> None:
+    small = vdnn.load("demo:transformer", batch=1)
+    torch.manual_seed(0)
+    model = WORK.build()
+    plain = copy.deepcopy(model)
+    vdnn.wrap(
+        model,
+        device=vdnn.VirtualDevice(memory=peak * 9 // 10, d2h="10MB/s", h2d="10MB/s", seed=1),
+        optimizer="none",
+        min_bytes=1024,
+    )
+    policies = []
+    for work in (WORK, small, WORK, small):
+        assert same(steps(model, work, number=1), steps(plain, work, number=1))
+        policies.append(vdnn.report(model).policy)
+    assert policies == ["checkpoint", "budget", "checkpoint", "budget"]
+    vdnn.unwrap(model)
+
+
+class Hoarding(nn.Module):
+    """Returns all its hidden states, as models with `output_hidden_states=True` do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        states = []
+        for layer in self.layers:
+            x = layer(x).sigmoid()
+            states.append(x)
+        return states
+
+
+def test_a_report_names_who_holds_the_tensors() -> None:
+    model = vdnn.wrap(Hoarding(), policy="vdnn-all", device=vdnn.VirtualDevice(), min_bytes=1, keep_soon=False)
+    torch.stack(model(torch.randn(256, 64))).sum().backward()
+    text = str(vdnn.report(model))
+    # four states of 256 × 64 floats
+    assert "256.0 KiB of saved feature maps cannot leave, because others hold them until backward:" in text
+    assert "layers.1#0/0 (64.0 KiB, held by output)" in text
+
+
+class Wide(nn.Module):
+    """Its peak is the logits: three tensors of them at once in backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(3)))
+        self.head = nn.Linear(16, 4096)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.log_softmax(self.head(self.body(x)), 1).square().mean()
+
+
+def test_a_report_says_that_the_peak_lies_elsewhere() -> None:
+    model = vdnn.wrap(Wide(), policy="vdnn-all", device=vdnn.VirtualDevice(), min_bytes=1, keep_soon=False)
+    model(torch.randn(64, 16)).backward()
+    assert vdnn.report(model).offloaded_bytes > 0
+    text = str(vdnn.report(model))
+    assert "this offload lowers the peak " in text
+    assert "it lies at " in text
+    assert "filled by" in text
+
+
+class InPlace(nn.Module):
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.linear = nn.Sequential(nn.Linear(8, 8))
+        self.inside = inside
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x.sigmoid())
+        if self.inside:
+            x.add_(y)
+        return x + y
+
+
+def test_an_input_changed_in_place_is_refused() -> None:
+    """Recomputed from the changed input, gradients would be silently wrong."""
+    model = nn.Sequential(InPlace(False), InPlace(True))
+    checkpoint_blocks(model)
+    with pytest.raises(EngineError, match="changes its input in place"):
+        model(torch.randn(2, 8, requires_grad=True))
+    blocks = nn.Sequential(InPlace(False), InPlace(False))
+    checkpoint_blocks(blocks)
+    x = torch.randn(2, 8, requires_grad=True) * 1
+    y = blocks(x)
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()

@@ -1,0 +1,66 @@
+"""What stands in the way of an offload: who else holds saved storages, and a peak that lies somewhere else."""
+
+from __future__ import annotations
+
+from vdnn.liveness import op_text, peak
+from vdnn.moments import MOVABLE, Points, resolve
+from vdnn.units import format_bytes
+from vdnn.values.plan import Offload, Plan
+from vdnn.values.trace import Trace
+
+__all__ = ["remarks"]
+
+# What is less than this share of the saved feature maps, or of the peak, is not worth a line.
+_SHARE = 0.05
+_NAMED = 3
+
+
+def remarks(trace: Trace, plan: Plan) -> tuple[str, ...]:
+    """Sentences for the log and the report; none where offload does what one expects of it."""
+    return tuple(line for line in (_held(trace), _elsewhere(trace, plan)) if line)
+
+
+def _held(trace: Trace) -> str:
+    """Saved feature maps that others hold until backward, so that a copy on the host frees nothing."""
+    points = Points(trace)
+    first: dict[int, int] = {}  # storage -> its first saved tensor, of a module below the model if there is one
+    for number, tensor in enumerate(trace.saved):
+        known = first.setdefault(tensor.storage, number)
+        if not points.names[known].module and points.names[number].module:
+            first[tensor.storage] = number
+    maps = [storage for storage in first if trace.storages[storage].category in MOVABLE]
+    # the step's own inputs are the training loop's to hold
+    held = sorted(
+        (s for s in maps if trace.storages[s].held not in ("", "input")), key=lambda s: -trace.storages[s].nbytes
+    )
+    nbytes = sum(trace.storages[s].nbytes for s in held)
+    if nbytes == 0 or nbytes < _SHARE * sum(trace.storages[s].nbytes for s in maps):
+        return ""
+    named = [
+        f"{points.names[first[s]]} ({format_bytes(trace.storages[s].nbytes)}, held by {trace.storages[s].held})"
+        for s in held[:_NAMED]
+    ]
+    more = f" and {len(held) - _NAMED} more" if len(held) > _NAMED else ""
+    return (
+        f"{format_bytes(nbytes)} of saved feature maps cannot leave, because others hold them until backward: "
+        f"{', '.join(named)}{more}; do not keep them, and they can be offloaded"
+    )
+
+
+def _elsewhere(trace: Trace, plan: Plan) -> str:
+    """Where the peak is that moving feature maps does not lower."""
+    if not any(isinstance(entry.action, Offload) for entry in plan.entries):
+        return ""
+    before, after = peak(trace), peak(trace, resolve(plan, trace))
+    if before.nbytes - after.nbytes >= _SHARE * before.nbytes:
+        return ""
+    filling = ", ".join(
+        f"{item.category.replace('_', ' ')} {format_bytes(item.nbytes)}" + (f" of {item.module}" if item.module else "")
+        for item in after.items[:_NAMED]
+    )
+    change = (
+        f"only from {format_bytes(before.nbytes)} to {format_bytes(after.nbytes)}"
+        if after.nbytes <= before.nbytes
+        else f"not at all: it rises from {format_bytes(before.nbytes)} to {format_bytes(after.nbytes)}"
+    )
+    return f"this offload lowers the peak {change}; it lies at {op_text(trace, after.op)}, filled by {filling}"
