@@ -1,8 +1,9 @@
 """The five values that vdnn's stages hand to one another: frozen, checked, with a versioned JSON form."""
 
+from vdnn.values.algorithms import AlgorithmTable, algorithm_table, table_ids
 from vdnn.values.codec import dumps, fingerprint, load, loads, save
 from vdnn.values.hardware import Efficiency, Hardware, Peak, Source, hardware, preset_ids
-from vdnn.values.plan import OUTSIDE, Action, Entry, Keep, Offload, Plan, Point, SavedName
+from vdnn.values.plan import OUTSIDE, Action, ConvChoice, Entry, Keep, Offload, Plan, Point, SavedName
 from vdnn.values.result import PeakItem, Provenance, RunResult
 from vdnn.values.timeline import STREAMS, MemoryEvent, Span, Stall, Timeline
 from vdnn.values.trace import Category, Kernel, LayerKind, ModuleCall, Op, Phase, SavedTensor, Storage, Trace
@@ -11,7 +12,9 @@ __all__ = [
     "OUTSIDE",
     "STREAMS",
     "Action",
+    "AlgorithmTable",
     "Category",
+    "ConvChoice",
     "Efficiency",
     "Entry",
     "Hardware",
@@ -37,6 +40,7 @@ __all__ = [
     "Storage",
     "Timeline",
     "Trace",
+    "algorithm_table",
     "dumps",
     "fingerprint",
     "hardware",
@@ -44,4 +48,5 @@ __all__ = [
     "loads",
     "preset_ids",
     "save",
+    "table_ids",
 ]

@@ -17,7 +17,7 @@ from typing import Literal
 from vdnn.errors import FormatError
 from vdnn.values.codec import fingerprint, record, value
 
-__all__ = ["OUTSIDE", "Action", "Entry", "Keep", "Offload", "Plan", "Point", "SavedName"]
+__all__ = ["OUTSIDE", "Action", "ConvChoice", "Entry", "Keep", "Offload", "Plan", "Point", "SavedName"]
 
 # The module FQN of tensors that are packed outside every module of the model, such as the loss's.
 OUTSIDE = "<outside>"
@@ -105,6 +105,17 @@ class Entry:
     action: Keep | Offload
 
 
+@record
+@dataclass(frozen=True, slots=True)
+class ConvChoice:
+    """The algorithms of one call of a convolution, by the names of the plan's table."""
+
+    module: str
+    call: int
+    forward: str
+    backward: str
+
+
 @value("plan", 1)
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -112,6 +123,9 @@ class Plan:
 
     `default` is "keep" or "offload"; an offload by default takes tensors of at least `min_bytes`, and
     releases them oldest first once more than `max_inflight_bytes` are on their way.
+
+    `workspace` says which convolution algorithms it is for: those of "least" workspace, the "fastest", or "mixed"
+    by layer; "" leaves it to the library. With an `algorithm_table` it names them by layer in `convolutions`.
     """
 
     policy: str
@@ -125,6 +139,9 @@ class Plan:
     min_bytes: int = 1 << 20
     max_inflight_bytes: int = 1 << 30
     notes: tuple[str, ...] = ()
+    workspace: Literal["", "least", "fastest", "mixed"] = ""
+    algorithm_table: str = ""
+    convolutions: tuple[ConvChoice, ...] = ()
 
     @property
     def offloaded_bytes(self) -> int:
