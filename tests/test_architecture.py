@@ -21,6 +21,8 @@ LAYERS = {
     "moments": 2,
     "liveness": 2,
     "synthetic": 2,
+    "torch7": 2,
+    "convolutions": 2,
     "policies": 3,
     "sim": 4,
     "replay": 4,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vdnn.engine import Device, EngineReport, Offloader
     from vdnn.models import Work
     from vdnn.policies import Options
+    from vdnn.torch7 import Regime
     from vdnn.tracker import Tracker
     from vdnn.training import Run
 
@@ -71,7 +72,8 @@ def plan(
 
     Args:
         budget: device memory for the step, "12GiB" or bytes: the plan that fits and takes the least time.
-        options: rules ("event" or "paper"), min_bytes, max_inflight_bytes, window_bytes, keep_soon.
+        options: rules ("event" or "paper"), min_bytes, max_inflight_bytes, window_bytes, keep_soon,
+            regime ("pytorch" or "paper"), algorithms (a table), budget_bytes (of vdnn-dyn).
 
     Raises:
         UsageError: an unknown policy, machine or option, or both a policy and a budget.
@@ -81,11 +83,17 @@ def plan(
 
 
 def _decide(trace: Trace, hardware: Hardware, policy: str, budget: int | str | None, options: dict[str, Any]) -> Plan:
-    from vdnn.planner import plan_for_budget
+    from dataclasses import replace
+
+    from vdnn.planner import dyn_plan, plan_for_budget
     from vdnn.policies import decide
     from vdnn.units import parse_size
 
     chosen = _options(options)
+    if policy == "vdnn-dyn":
+        if budget is not None:
+            chosen = replace(chosen, budget_bytes=parse_size(budget))
+        return dyn_plan(trace, hardware, chosen)
     if budget is None:
         return decide(policy or "vdnn-all", trace, hardware, chosen)
     if policy:
@@ -112,15 +120,21 @@ def simulate(
     *,
     memory_limit: int | None = None,
     timeline: bool = False,
+    regime: Regime = "pytorch",
 ) -> RunResult:
     """The numbers of one step on a machine that need not be there; without a plan: no offload.
+
+    Args:
+        regime: "paper" for the step and the memory of the vDNN paper (Torch7, one pool); the plan must be made so too.
 
     Raises:
         PlanMismatchError: the plan was not made from this trace.
     """
     from vdnn.sim import simulate_step
 
-    return simulate_step(trace, plan, named_hardware(hardware), memory_limit=memory_limit, timeline=timeline)
+    return simulate_step(
+        trace, plan, named_hardware(hardware), memory_limit=memory_limit, timeline=timeline, regime=regime
+    )
 
 
 def max_batch(
@@ -238,7 +252,7 @@ def wrap(
         policy: decide by this policy instead ("vdnn-all", "vdnn-conv", "none"; "checkpoint" and "checkpoint-offload"
             recompute the model's repeated blocks).
         plan: execute this plan instead.
-        budget: device memory for the step, "12GiB" or bytes, instead of all there is.
+        budget: device memory for the step, "12GiB" or bytes, instead of all there is; also for "vdnn-dyn".
         device: default: the model's own. For a model on the CPU offload is inactive unless a virtual device is given.
         hardware: the machine to plan for; default: the device's.
         optimizer: whose states the step will have: "none", "sgd" or "adamw".
@@ -250,13 +264,15 @@ def wrap(
         EngineError: the model is wrapped already.
         InfeasibleError: at the first training call: no plan fits the budget.
     """
+    from dataclasses import replace
+
     from vdnn.deciding import Decider, machine_of, recompute_blocks
     from vdnn.engine import CudaDevice, Schedule, wrap_model
     from vdnn.policies import model_options
     from vdnn.units import parse_size
 
     given = [name for name, value in (("policy", policy), ("plan", plan), ("budget", budget)) if value]
-    if len(given) > 1:
+    if len(given) > 1 and (plan is not None or policy != "vdnn-dyn"):
         raise UsageError(f"{' and '.join(given)} are both given: a model is wrapped by one of them")
     recomputes = bool(policy) and "checkpoint" in model_options(policy)
     if plan is not None:
@@ -276,7 +292,7 @@ def wrap(
         policy=policy,
         budget_bytes=budget_bytes,
         optimizer=optimizer,
-        options=chosen,
+        options=replace(chosen, budget_bytes=budget_bytes) if policy == "vdnn-dyn" else chosen,
     )
     wrap_model(model, device, decider.schedule)
     if recomputes:
@@ -294,10 +310,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     Raises:
         EngineError: the model is not wrapped.
     """
-    from vdnn.deciding import keep_blocks
+    from vdnn.deciding import give_cudnn_back, keep_blocks
     from vdnn.engine import unwrap_model
 
     unwrap_model(model)
+    give_cudnn_back(model)
     keep_blocks(model)
     return model
 

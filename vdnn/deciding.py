@@ -25,22 +25,25 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from vdnn.checkpointing import blocks_of, checkpoint_blocks
-from vdnn.engine import CudaDevice, Device, Rule, Schedule, VirtualDevice
+from vdnn.engine import CudaDevice, Device, Rule, Schedule, VirtualDevice, choose_in_cudnn, what_cudnn_does
 from vdnn.errors import CaptureError, EngineError, InfeasibleError, UsageError
 from vdnn.measure import available_bytes, recognised
-from vdnn.planner import plan_for_budget
+from vdnn.planner import dyn_plan, plan_for_budget
 from vdnn.policies import Options, decide, recomputed_blocks, remarks
 from vdnn.sim import simulate_step
 from vdnn.tracing import OPTIMIZERS, capture_model, likely_loss
 from vdnn.units import format_bytes
 from vdnn.values import Hardware, Plan, Trace, hardware
 
-__all__ = ["Decider", "keep_blocks", "machine_of", "recompute_blocks", "rule_for"]
+__all__ = ["Decider", "give_cudnn_back", "keep_blocks", "machine_of", "recompute_blocks", "rule_for"]
 
 log = logging.getLogger("vdnn")
 
 # What undoes the checkpointing of a wrapped model.
 _UNDO: weakref.WeakKeyDictionary[nn.Module, Callable[[], None]] = weakref.WeakKeyDictionary()
+
+# What sets cuDNN back after plans for a wrapped model.
+_CUDNN: weakref.WeakKeyDictionary[nn.Module, Callable[[], None]] = weakref.WeakKeyDictionary()
 
 # Of a real device's memory, what the allocator's rounding and fragmentation and other libraries may take.
 _HEADROOM = 20
@@ -89,6 +92,8 @@ class Decider:
             InfeasibleError: no plan fits the budget that was given.
         """
         if self._fixed is not None:
+            if self._fixed.plan is not None:
+                self._with_cudnn(model, self._fixed.plan)
             return self._fixed
         key = self._key(model, args, kwargs)
         found = self._made.get(key)
@@ -127,7 +132,9 @@ class Decider:
             log.warning("vdnn: %s; offloading by rule instead", error)
             return _Decision(Schedule(None, rule_for(self.policy or "vdnn-all", self.options)))
         recompute = None
-        if self.policy:
+        if self.policy == "vdnn-dyn":
+            plan = dyn_plan(trace, self.machine, replace(self.options, budget_bytes=self._there()))
+        elif self.policy:
             plan = decide(self.policy, trace, self.machine, self.options)
         elif self.budget_bytes is not None:
             plan = plan_for_budget(trace, self.machine, self.budget_bytes, self.options)
@@ -135,6 +142,7 @@ class Decider:
             plan, recompute = self._least_time(trace, lambda: self._recomputing(model, args, kwargs, trace))
         if not recompute:
             plan = replace(plan, notes=(*plan.notes, *remarks(trace, plan)))
+        plan = self._with_cudnn(model, plan)
         moved = sum(entry.action.action == "offload" for entry in plan.entries)
         what = (
             f"offload is active: {moved} of {len(plan.entries)} saved storages, {format_bytes(plan.offloaded_bytes)}"
@@ -173,11 +181,25 @@ class Decider:
         finally:
             keep_blocks(model)
 
+    def _with_cudnn(self, model: nn.Module, plan: Plan) -> Plan:
+        """Set cuDNN as the plan wants it, where there is one, and note what became of its algorithms."""
+        if not isinstance(self.device, CudaDevice) or not plan.workspace:
+            return plan
+        undo = choose_in_cudnn(plan)
+        _CUDNN.setdefault(model, undo)  # the first one knows how it was before
+        return replace(plan, notes=(*plan.notes, what_cudnn_does(plan)))
+
+    def _there(self) -> int:
+        """Device memory for a step."""
+        if self.options.budget_bytes is not None:
+            return self.options.budget_bytes
+        if isinstance(self.device, CudaDevice):
+            return available_bytes(self.device.torch_device.index) * (100 - _HEADROOM) // 100
+        return self.machine.memory_bytes
+
     def _least_time(self, trace: Trace, recomputing: Callable[[], Trace | None]) -> tuple[Plan, bool]:
         """The plan for the memory there is, and whether it is one for recomputed blocks."""
-        there = self.machine.memory_bytes
-        if isinstance(self.device, CudaDevice):
-            there = available_bytes(self.device.torch_device.index) * (100 - _HEADROOM) // 100
+        there = self._there()
         impossible: InfeasibleError | None = None
         kept: Plan | None = None
         try:
@@ -228,6 +250,13 @@ def recompute_blocks(model: nn.Module, patterns: Sequence[str] = ()) -> None:
     _UNDO[model] = checkpoint_blocks(model, patterns)
 
 
+def give_cudnn_back(model: nn.Module) -> None:
+    """Set cuDNN back to how it was before a plan for this model, if one set it."""
+    undo = _CUDNN.pop(model, None)
+    if undo is not None:
+        undo()
+
+
 def keep_blocks(model: nn.Module) -> None:
     """Undo `recompute_blocks`, if it was done."""
     undo = _UNDO.pop(model, None)
@@ -264,7 +293,7 @@ def machine_of(device: Device) -> Hardware:
 
 def rule_for(policy: str, options: Options) -> Rule:
     """What the engine does where there is no plan."""
-    if policy == "none":
+    if policy in ("none", "none-m", "none-p"):
         return Rule(offload=False)
-    types = (_ConvNd,) if policy == "vdnn-conv" else ()
+    types = (_ConvNd,) if policy.startswith("vdnn-conv") else ()
     return Rule(min_bytes=options.min_bytes, types=types)

@@ -65,9 +65,16 @@ def test_in_a_fork_the_last_consumer_releases():
 
 
 def test_every_layer_is_joined_at_its_end_in_backward():
+    """Under `conv`, conv1's X comes back beside conv2; pool1 is the next to run backward, and waits for it."""
+    plan = actions(decide("vdnn-conv", conv_chain(), GPU, PAPER))
+    assert plan["conv1#0/0"] == Offload("end conv1#0", "unpack conv2#0/0", "unpack pool1#0/0")
+
+
+def test_a_pool_whose_own_x_came_back_does_not_hold_the_next_one_beside_it():
+    """Under `all` the X of conv1 comes beside relu1, after pool1: the paper's peaks have no room for both."""
     plan = actions(decide("vdnn-all", conv_chain(), GPU, PAPER))
-    # during pool1's backward conv1's X comes back; relu1 is the next to run backward
-    assert plan["conv1#0/0"] == Offload("end conv1#0", "unpack pool1#0/0", "unpack relu1#0/0")
+    assert plan["pool1#0/0"].prefetch_at == "unpack conv2#0/0", "pool1's X is needed by relu1 too"
+    assert plan["conv1#0/0"] == Offload("end conv1#0", "unpack relu1#0/0")
 
 
 def test_only_inputs_of_conv_and_pool_layers_leave_and_never_those_of_fc():

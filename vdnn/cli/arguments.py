@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -17,6 +17,7 @@ from vdnn.values import load as load_value
 from vdnn.values import save as save_value
 
 __all__ = [
+    "Algorithms",
     "Batch",
     "Budget",
     "Force",
@@ -29,6 +30,7 @@ __all__ = [
     "Output",
     "Policy",
     "Precision",
+    "Regime",
     "Rules",
     "busy",
     "model_options",
@@ -47,6 +49,11 @@ Budget = Annotated[str, typer.Option(help="Device memory for the step, 12GiB: th
 Precision = Annotated[str, typer.Option(help="fp32, amp, amp-bf16 or bf16.")]
 Optimizer = Annotated[str, typer.Option(help="none, sgd or adamw.")]
 Rules = Annotated[str, typer.Option(help="event, or paper: synchronise at every layer as vDNN did.")]
+Regime = Annotated[
+    Literal["pytorch", "paper"],
+    typer.Option(help="pytorch, or paper: Torch7's step and one pool of memory, as vDNN had them."),
+]
+Algorithms = Annotated[str, typer.Option(help="A table of convolution algorithms for -m, -p and vdnn-dyn: cudnn4.")]
 ModelOptions = Annotated[
     list[str] | None, typer.Option("-O", metavar="KEY=VALUE", help="A model option: image_size=64.")
 ]
@@ -122,13 +129,14 @@ def must_be_one(*, policy: str, budget: str, plan: Path | None = None) -> None:
     """Check what decides, before anything expensive.
 
     Raises:
-        UsageError: more than one of them is given, an unknown policy, or a budget that is no size.
+        UsageError: more than one of them is given (vdnn-dyn decides for a budget), an unknown policy, or a budget that
+            is no size.
     """
     from vdnn.policies import find
     from vdnn.units import parse_size
 
     given = [name for name, value in (("--policy", policy), ("--budget", budget), ("--plan", plan)) if value]
-    if len(given) > 1:
+    if (len(given) > 1 and given != ["--policy", "--budget"]) or (budget and policy not in ("", "vdnn-dyn")):
         raise UsageError(f"{' and '.join(given)} are given: one of them decides, leave the others out")
     if policy:
         find(policy)

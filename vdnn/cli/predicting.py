@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from vdnn import api
 from vdnn.cli.arguments import (
+    Algorithms,
     Batch,
     Budget,
     Force,
@@ -22,6 +23,7 @@ from vdnn.cli.arguments import (
     Output,
     Policy,
     Precision,
+    Regime,
     Rules,
     busy,
     model_options,
@@ -31,7 +33,7 @@ from vdnn.cli.arguments import (
     trace_of,
     write_value,
 )
-from vdnn.errors import UsageError
+from vdnn.errors import InfeasibleError, UsageError
 from vdnn.values import Plan, hardware
 from vdnn.values import load as load_value
 
@@ -66,6 +68,8 @@ def plan(
     precision: Precision = "fp32",
     optimizer: Optimizer = "none",
     rules: Rules = "event",
+    regime: Regime = "pytorch",
+    algorithms: Algorithms = "",
     device: Annotated[str, typer.Option(help="cuda, or cpu for `vdnn run` on the virtual device.")] = "cuda",
     options: ModelOptions = None,
     no_cache: NoCache = False,
@@ -82,7 +86,8 @@ def plan(
     must_be_one(policy=policy, budget=budget)
     hardware(gpu)
     trace = trace_of(model, batch, precision, optimizer, options, device, no_cache, policy)
-    made = api.plan(trace, gpu, policy, budget=budget or None, rules=rules)
+    how: dict[str, Any] = {"rules": rules, "regime": regime, "algorithms": algorithms}
+    made = api.plan(trace, gpu, policy, budget=budget or None, **how)
     typer.echo(as_text(plan_report(made)), nl=False)
     write_value(made, output)
 
@@ -97,6 +102,8 @@ def simulate(
     precision: Precision = "fp32",
     optimizer: Optimizer = "none",
     rules: Rules = "event",
+    regime: Regime = "pytorch",
+    algorithms: Algorithms = "",
     options: ModelOptions = None,
     no_cache: NoCache = False,
     as_json: Json = False,
@@ -120,12 +127,14 @@ def simulate(
     made = load_value(plan_file, "plan") if plan_file is not None else None
     plain = trace_of(model, batch, precision, optimizer, options, no_cache=no_cache)
     trace = trace_of(model, batch, precision, optimizer, options, no_cache=no_cache, policy=policy)
+    how: dict[str, Any] = {"rules": rules, "regime": regime, "algorithms": algorithms}
     if made is None:
-        made = api.plan(trace, gpu, policy or ("" if budget else "none"), budget=budget or None, rules=rules)
+        made = api.plan(trace, gpu, policy or ("" if budget else "none"), budget=budget or None, **how)
     assert isinstance(made, Plan)
     limit = made.budget_bytes
-    baseline = api.simulate(plain, None, gpu, memory_limit=limit)
-    result = api.simulate(trace, made, gpu, memory_limit=limit, timeline=bool(output or perfetto or memory_snapshot))
+    baseline = api.simulate(plain, api.plan(plain, gpu, "none", **how), gpu, memory_limit=limit, regime=regime)
+    shown = bool(output or perfetto or memory_snapshot)
+    result = api.simulate(trace, made, gpu, memory_limit=limit, timeline=shown, regime=regime)
     if as_json:
         from vdnn.reporting import result_rows
 
@@ -150,11 +159,15 @@ def simulate(
 def compare(
     model: Model,
     gpu: Gpu,
-    policy: Annotated[list[str] | None, typer.Option(help="A policy; again for another. Default: all.")] = None,
+    policy: Annotated[
+        list[str] | None, typer.Option("--policy", "--policies", help="A policy; again for another. Default: all.")
+    ] = None,
     batch: Batch = "32",
     precision: Precision = "fp32",
     optimizer: Optimizer = "none",
     rules: Rules = "event",
+    regime: Regime = "pytorch",
+    algorithms: Algorithms = "",
     options: ModelOptions = None,
     no_cache: NoCache = False,
     as_json: Json = False,
@@ -163,11 +176,14 @@ def compare(
 ) -> None:
     """Predict one training step under several policies, from one capture.
 
-    Example: vdnn compare paper:vgg16 --batch 128 --gpu titan-x --rules paper --figure vgg16.png
+    Example: vdnn compare paper:vgg16 --batch 128 --gpu titan-x --regime paper --policies all --figure vgg16.png
     """
-    from vdnn.policies import find, names
+    from vdnn.policies import Options, distinct, find, names
 
-    chosen = policy or list(names())
+    if policy == ["all"]:
+        policy = None
+    how: dict[str, Any] = {"rules": rules, "regime": regime, "algorithms": algorithms}
+    chosen = policy or distinct(names(), Options(**how))
     for name in chosen:
         find(name)
     hardware(gpu)
@@ -177,8 +193,8 @@ def compare(
     for name in ["none", *(name for name in chosen if name != "none")]:
         try:
             trace = trace_of(model, batch, precision, optimizer, options, no_cache=no_cache, policy=name)
-            results.append(api.simulate(trace, api.plan(trace, gpu, name, rules=rules), gpu))
-        except UsageError as error:
+            results.append(api.simulate(trace, api.plan(trace, gpu, name, **how), gpu, regime=regime))
+        except (UsageError, InfeasibleError) as error:
             if policy or name == "none":
                 raise
             typer.echo(f"vdnn: left out: {error}", err=True)
@@ -204,11 +220,10 @@ def max_batch(
 
     Example: vdnn max-batch torchvision:resnet50 --gpu rtx4090 --precision amp
     """
-    from vdnn.errors import InfeasibleError, UsageError
-    from vdnn.policies import find, names
+    from vdnn.policies import Options, distinct, find, names
     from vdnn.reporting import as_text, batches_table, result_row
 
-    chosen = list(policy or names())
+    chosen = policy or distinct(names(), Options())
     for name in chosen:
         find(name)
     hardware(gpu)

@@ -2,6 +2,7 @@
 
 from vdnn.engine.account import EngineReport
 from vdnn.engine.cuda import CudaDevice
+from vdnn.engine.cudnn import choose_in_cudnn, what_cudnn_does
 from vdnn.engine.device import Device
 from vdnn.engine.offloader import Counts, Offloader
 from vdnn.engine.schedule import Rule, Schedule
@@ -18,8 +19,10 @@ __all__ = [
     "Rule",
     "Schedule",
     "VirtualDevice",
+    "choose_in_cudnn",
     "engine_of",
     "offloading",
     "unwrap_model",
+    "what_cudnn_does",
     "wrap_model",
 ]

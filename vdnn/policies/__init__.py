@@ -3,10 +3,10 @@
 plan = decide("vdnn-conv", trace, hardware, Options(rules="paper"))
 """
 
-from vdnn.policies import checkpoint, none, vdnn_all, vdnn_conv
+from vdnn.policies import checkpoint, none, vdnn_all, vdnn_conv, vdnn_dyn
 from vdnn.policies.checkpoint import recomputed_blocks
 from vdnn.policies.options import Options
-from vdnn.policies.registry import Policy, decide, find, model_options, names
+from vdnn.policies.registry import Policy, decide, distinct, find, model_options, names
 from vdnn.policies.remarks import remarks
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Policy",
     "checkpoint",
     "decide",
+    "distinct",
     "find",
     "model_options",
     "names",
@@ -22,4 +23,5 @@ __all__ = [
     "remarks",
     "vdnn_all",
     "vdnn_conv",
+    "vdnn_dyn",
 ]

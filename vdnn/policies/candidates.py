@@ -58,7 +58,7 @@ def _why(trace: Trace, storage: int, tensors: list[int], options: Options) -> st
         return "saved outside the model too (by the loss), where wrap does not see it"
     if s.need < 0:
         return "backward never asks for it"
-    if _no_gap(s, saved):
+    if options.regime != "paper" and _no_gap(s, saved):  # vDNN offloads the last layer's X, too
         return "backward needs it as soon as it could leave"
     return ""
 

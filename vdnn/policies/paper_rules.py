@@ -83,9 +83,15 @@ def paper_actions(trace: Trace, items: Sequence[Saved], consumers: dict[int, int
     wait: dict[int, str] = {}
     for current in range(len(layers) - 1, -1, -1):
         chosen = find_prefetch_layer(current, layers)
-        if chosen >= 0:
-            prefetch[owner[chosen]] = _unpack(points, first_unpack[calls[current]][1])
-            wait[owner[chosen]] = _unpack(points, first_unpack[calls[current - 1]][1])
+        if chosen < 0:
+            continue
+        # a POOL whose own X was offloaded does not yet hold the X of the CONV below beside it: the paper's peaks
+        # under `all` say so, while those under `conv` have both. The copy runs beside the layer after the POOL.
+        start = current - (trace.modules[calls[current]].kind == "pool" and layers[current].offloaded)
+        if start > chosen:
+            prefetch[owner[chosen]] = _unpack(points, first_unpack[calls[start]][1])
+            if start - 1 > chosen:
+                wait[owner[chosen]] = _unpack(points, first_unpack[calls[start - 1]][1])
     return {
         item.storage: Offload(
             _release(trace, points, item, consumers[item.storage]),

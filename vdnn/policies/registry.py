@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from vdnn.errors import unknown_name
+from vdnn.policies.algorithms import with_algorithms
 from vdnn.policies.options import Options
+from vdnn.torch7 import under
 from vdnn.values.hardware import Hardware
 from vdnn.values.plan import Plan
 from vdnn.values.trace import Trace
 
-__all__ = ["Policy", "decide", "find", "model_options", "names", "register"]
+__all__ = ["Policy", "decide", "distinct", "find", "model_options", "names", "register"]
 
 Policy = Callable[[Trace, Hardware, Options], Plan]
 _POLICIES: dict[str, Policy] = {}
@@ -38,6 +41,11 @@ def model_options(name: str) -> dict[str, str]:
     return dict(_MODEL_OPTIONS[name])
 
 
+def distinct(names: Iterable[str], options: Options) -> list[str]:
+    """Without the -m and -p forms where no table of algorithms tells them apart."""
+    return [name for name in names if options.table is not None or not name.endswith(("-m", "-p"))]
+
+
 def names() -> tuple[str, ...]:
     """The policies there are."""
     return tuple(sorted(_POLICIES))
@@ -55,7 +63,7 @@ def find(name: str) -> Policy:
 
 
 def decide(name: str, trace: Trace, hardware: Hardware, options: Options | None = None) -> Plan:
-    """The plan of a policy, checked.
+    """The plan of a policy, checked. Where there is a table of algorithms, no suffix means the fastest, as -p does.
 
     Raises:
         UsageError: no such policy, or an option that cannot be.
@@ -63,6 +71,11 @@ def decide(name: str, trace: Trace, hardware: Hardware, options: Options | None 
     policy = find(name)
     options = options or Options()
     options.check()
-    plan = policy(trace, hardware, options)
+    if options.regime == "paper":
+        options = replace(options, rules="paper", min_bytes=0)
+    step = under(options.regime, trace, name)
+    plan = policy(step, hardware, options)
+    if options.table is not None and not plan.algorithm_table:
+        plan = with_algorithms(plan, plan.policy, step, hardware, options, "fastest")
     plan.check()
     return plan

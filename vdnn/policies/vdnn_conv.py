@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from vdnn.policies.algorithms import with_algorithms
 from vdnn.policies.candidates import Saved
 from vdnn.policies.feature_maps import offload_maps
 from vdnn.policies.options import Options
@@ -12,7 +13,7 @@ from vdnn.values.hardware import Hardware
 from vdnn.values.plan import Plan
 from vdnn.values.trace import SavedTensor, Trace
 
-__all__ = ["vdnn_conv"]
+__all__ = ["vdnn_conv", "vdnn_conv_m", "vdnn_conv_p"]
 
 _PRODUCT = re.compile(r"(Addmm|Mm|Bmm|Baddbmm|Addbmm|Addmv|Mv|Linear|ScaledDotProduct\w*|\w*Attention\w*)Backward\d*")
 
@@ -50,3 +51,15 @@ def vdnn_conv(trace: Trace, hardware: Hardware, options: Options) -> Plan:
         ("conv",) if conv else ("linear", "attention"),
         () if conv else (note,),
     )
+
+
+@register("vdnn-conv-m")
+def vdnn_conv_m(trace: Trace, hardware: Hardware, options: Options) -> Plan:
+    """The same with the convolution algorithms that need no workspace: the paper's (m)."""
+    return with_algorithms(vdnn_conv(trace, hardware, options), "vdnn-conv-m", trace, hardware, options, "least")
+
+
+@register("vdnn-conv-p")
+def vdnn_conv_p(trace: Trace, hardware: Hardware, options: Options) -> Plan:
+    """The same with the fastest convolution algorithms: the paper's (p)."""
+    return with_algorithms(vdnn_conv(trace, hardware, options), "vdnn-conv-p", trace, hardware, options, "fastest")

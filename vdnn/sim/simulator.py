@@ -7,18 +7,26 @@
 
 `fits` is what the allocator says with the GPU's memory (or the limit given) as its limit: cached segments are given
 back and the allocation is tried again, as on a device. What CUDA and its libraries take beside is not in it.
+Where the plan names convolution algorithms, their table gives the time and the workspace of each. Under the regime
+"paper" the step is Torch7's (vdnn.torch7) and `fits` is the paper's criterion: requested bytes against the memory; what
+one best-fit pool makes of the step (vdnn.sim.pool: cnmem's, which vDNN used) is a note.
 A step of device "cpu" runs on a virtual device, which counts requested bytes and has no such allocator.
 """
 
 from __future__ import annotations
 
-from vdnn.costs import op_times
+from collections.abc import Sequence
+
+from vdnn.convolutions import offers_of, with_workspaces
+from vdnn.costs import times_with
 from vdnn.errors import UsageError
 from vdnn.liveness import host_bytes, op_text, peak
-from vdnn.moments import resolve
+from vdnn.moments import Move, resolve
 from vdnn.sim.allocator_step import StepMemory, step_memory
+from vdnn.sim.pool import run_pool
 from vdnn.sim.recorder import Recorder
 from vdnn.sim.run import run
+from vdnn.torch7 import Regime, under
 from vdnn.units import format_bytes, format_ns
 from vdnn.values.hardware import Hardware
 from vdnn.values.plan import Plan
@@ -29,7 +37,13 @@ __all__ = ["simulate_step"]
 
 
 def simulate_step(
-    trace: Trace, plan: Plan | None, hardware: Hardware, *, memory_limit: int | None = None, timeline: bool = False
+    trace: Trace,
+    plan: Plan | None,
+    hardware: Hardware,
+    *,
+    memory_limit: int | None = None,
+    timeline: bool = False,
+    regime: Regime = "pytorch",
 ) -> RunResult:
     """Predict one step; without a plan nothing is offloaded. `prefetched_bytes` counts every copy back.
 
@@ -39,14 +53,19 @@ def simulate_step(
     """
     if memory_limit is not None and memory_limit <= 0:
         raise UsageError(f"a memory limit of {memory_limit} bytes holds nothing: give more than 0")
-    moves = resolve(plan, trace)
+    source = under(regime, trace, plan.policy if plan else "")
+    moves = resolve(plan, source)
+    chosen = offers_of(plan, source, hardware.peak("float32"))
+    trace = with_workspaces(source, chosen)
     recorder = Recorder(trace, moves) if timeline else None
-    times = run(trace, moves, op_times(trace, hardware), hardware, recorder)
+    op_ns = times_with(trace, hardware, chosen, plan.algorithm_table if plan else "")
+    times = run(trace, moves, op_ns, hardware, recorder)
     most = peak(trace, moves)
     capacity = hardware.memory_bytes if memory_limit is None else memory_limit
-    memory = step_memory(trace, moves, capacity) if trace.device != "cpu" else None
+    memory = step_memory(trace, moves, capacity) if trace.device != "cpu" and regime == "pytorch" else None
     fits = memory.fits if memory else most.nbytes <= capacity
-    notes = [*(plan.notes if plan else ()), *_memory_notes(trace, memory, capacity)]
+    notes = list(plan.notes if plan else ())
+    notes += _pool_notes(trace, moves, capacity) if regime == "paper" else _memory_notes(trace, memory, capacity)
     if times.launch_idle_ns > times.total_ns // 100:
         notes.append(f"compute waits {format_ns(times.launch_idle_ns)} for the host to issue ops; not counted as stall")
     return RunResult(
@@ -56,7 +75,7 @@ def simulate_step(
         gpu=hardware.id,
         policy=plan.policy if plan else "none",
         precision=trace.precision,
-        trace=trace.fingerprint(),
+        trace=source.fingerprint(),
         plan=plan.fingerprint() if plan else "",
         peak_requested_bytes=most.nbytes,
         peak_allocated_bytes=memory.peak_allocated_bytes if memory else None,
@@ -87,3 +106,11 @@ def _memory_notes(trace: Trace, memory: StepMemory | None, capacity: int) -> lis
     if memory.retries:
         return [f"fits into {limit} because cached segments are given back {memory.retries} times, each a pause"]
     return []
+
+
+def _pool_notes(trace: Trace, moves: Sequence[Move], capacity: int) -> list[str]:
+    pool = run_pool(trace, moves, capacity)
+    if pool.failed_at is None:
+        return [f"a best-fit pool of {format_bytes(capacity)} holds it ({format_bytes(pool.peak_bytes)} at most)"]
+    where = "before the step" if pool.failed_at < 0 else f"at {op_text(trace, min(pool.failed_at, len(trace.ops) - 1))}"
+    return [f"a best-fit pool fails {where}: {pool.failure}"]
