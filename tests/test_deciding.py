@@ -62,6 +62,7 @@ def wrapped(memory: int, link: str, caplog: pytest.LogCaptureFixture) -> tuple[n
     return model, [record.getMessage() for record in caplog.records]
 
 
+@pytest.mark.case(60)
 def test_nothing_moves_where_the_step_fits(peak: int, caplog: pytest.LogCaptureFixture) -> None:
     model, said = wrapped(4 * peak, "12GB/s", caplog)
     assert vdnn.report(model).offloaded_bytes == 0
@@ -85,6 +86,7 @@ def test_a_slow_link_recomputes_the_blocks(peak: int, caplog: pytest.LogCaptureF
     assert not any("forward" in vars(block) for block in model.modules())
 
 
+@pytest.mark.case(60)
 def test_each_shape_has_its_own_decision(peak: int) -> None:
     small = vdnn.load("demo:transformer", batch=1)
     torch.manual_seed(0)
@@ -119,6 +121,7 @@ class Hoarding(nn.Module):
         return states
 
 
+@pytest.mark.case(33)
 def test_a_report_names_who_holds_the_tensors() -> None:
     model = vdnn.wrap(Hoarding(), policy="vdnn-all", device=vdnn.VirtualDevice(), min_bytes=1, keep_soon=False)
     torch.stack(model(torch.randn(256, 64))).sum().backward()
@@ -140,6 +143,7 @@ class Wide(nn.Module):
         return torch.log_softmax(self.head(self.body(x)), 1).square().mean()
 
 
+@pytest.mark.case(53)
 def test_a_report_says_that_the_peak_lies_elsewhere() -> None:
     model = vdnn.wrap(Wide(), policy="vdnn-all", device=vdnn.VirtualDevice(), min_bytes=1, keep_soon=False)
     model(torch.randn(64, 16)).backward()

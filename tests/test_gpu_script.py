@@ -47,6 +47,7 @@ def test_union_of_spans() -> None:
     assert union([]) == 0
 
 
+@pytest.mark.case(55)
 @pytest.mark.slow
 def test_every_method_is_run_or_says_why_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--virtual", "-o", str(tmp_path), "--part", "compared", "--model", "gpt2"]) == 0

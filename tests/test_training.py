@@ -23,6 +23,7 @@ CASES = [
 ]
 
 
+@pytest.mark.case(49, 61)
 @pytest.mark.parametrize("rules", ["event", "paper"])
 @pytest.mark.parametrize(("name", "batch", "options", "optimizer"), CASES)
 def test_the_measured_peak_is_the_predicted_one_to_the_byte(
@@ -82,6 +83,7 @@ def test_a_plan_for_another_model_batch_or_device_is_refused_before_anything_run
             vdnn.run(work, plan=plan, device="virtual")
 
 
+@pytest.mark.case(49)
 def test_a_virtual_device_that_is_too_small_runs_out_and_offload_makes_room() -> None:
     work = vdnn.load("demo:cnn", batch=8)
     small = replace(hardware("rtx4090"), memory_bytes=36 << 20)

@@ -7,13 +7,15 @@ Capture and engine must give the same saved tensor the same name, so both take i
     model(x)                  # root call begins: counters start at 0; calls.current is the innermost frame
     frame.packs += 1          # the n-th pack of that call
 
-A module that is registered under two names has the first one. A call outside the root's forward (a
+It holds no module: a model whose hooks lead here is freed when its last user lets go of it, without the garbage
+collector. A module that is registered under two names has the first one. A call outside the root's forward (a
 recomputation in backward, a submodule called by the user's own code) has no frame: `current` stays None.
 """
 
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -63,18 +65,27 @@ class ModuleCalls:
     """Follows the forward calls of a model's modules. `on_begin` and `on_end` hear of every frame."""
 
     def __init__(self, root: nn.Module, on_begin: Listener | None = None, on_end: Listener | None = None) -> None:
-        self.root = root
-        self.names: dict[nn.Module, str] = {module: fqn for fqn, module in root.named_modules()}
+        self._root = weakref.ref(root)
+        # by id: a call comes from a hook on the module, so it lives, and the id is its own
+        self._names: dict[int, str] = {}
         self.current: Frame | None = None
         self._on_begin = on_begin
         self._on_end = on_end
-        self._counts: dict[nn.Module, int] = {}
+        self._counts: dict[int, int] = {}
         self._handles: list[RemovableHandle] = []
+
+    @property
+    def root(self) -> nn.Module:
+        """The model, which lives: who calls this is one of its hooks, or holds it."""
+        root = self._root()
+        assert root is not None
+        return root
 
     def attach(self) -> None:
         """Hook every module of the model; the first hook to run before forward, the last after it."""
         begin, end = Hook(self._begin), Hook(self._end)
-        for module in self.names:
+        self._names = {id(module): fqn for fqn, module in self.root.named_modules()}
+        for module in self.root.modules():
             self._handles.append(module.register_forward_pre_hook(begin, prepend=True))
             # always_call: the frame must end when forward raises, too
             self._handles.append(module.register_forward_hook(end, always_call=True))
@@ -88,23 +99,24 @@ class ModuleCalls:
 
     def _begin(self, module: nn.Module, args: Any) -> None:
         parent = self.current
-        if parent is not None and module is self.root and not self._runs_inside_itself():
+        if parent is not None and module is self._root() and not self._runs_inside_itself():
             parent = None  # an earlier forward was broken off (KeyboardInterrupt skips forward hooks)
         if parent is None:
-            if module is not self.root:
+            if module is not self._root():
                 return
             self._counts.clear()
-        call = self._counts.get(module, 0)
-        self._counts[module] = call + 1
-        frame = self.current = Frame(module, self.names[module], call, parent)
+        key = id(module)
+        call = self._counts.get(key, 0)
+        self._counts[key] = call + 1
+        frame = self.current = Frame(module, self._names[key], call, parent)
         if self._on_begin is not None:
             self._on_begin(frame)
 
     def _runs_inside_itself(self) -> bool:
         """Whether the root's forward is really on the Python stack beside the call that begins now."""
-        frame, calls = sys._getframe(), 0
+        frame, calls, root = sys._getframe(), 0, self._root()
         while frame is not None and calls < 2:
-            if frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is self.root:
+            if frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is root:
                 calls += 1
             frame = frame.f_back  # type: ignore[assignment]
         return calls >= 2

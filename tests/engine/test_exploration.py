@@ -193,6 +193,7 @@ def explored(examples: int, seeds: int) -> Explored:
     return found
 
 
+@pytest.mark.case(16, 17, 21, 22)
 def test_many_orders_give_the_same_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     start = time.monotonic()
     found = explored(30, 10)
@@ -203,6 +204,7 @@ def test_many_orders_give_the_same_numbers(capsys: pytest.CaptureFixture[str]) -
     assert set(found.features) == set(FEATURES)
 
 
+@pytest.mark.case(16, 17, 21, 22)
 @pytest.mark.slow
 def test_ten_thousand_orders_give_the_same_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     start = time.monotonic()

@@ -124,6 +124,7 @@ def device_calls():
     return device.calls
 
 
+@pytest.mark.case(42)
 @pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_fault_in_any_call_of_the_device(stride):
     calls = device_calls()
@@ -136,6 +137,7 @@ def test_a_fault_in_any_call_of_the_device(stride):
         wrapped.check()
 
 
+@pytest.mark.case(42)
 @pytest.mark.parametrize("stride", [9, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("error", [Fault, KeyboardInterrupt, torch.OutOfMemoryError])
 def test_a_fault_in_any_op(error, stride):
@@ -162,6 +164,7 @@ def test_a_fault_in_any_op(error, stride):
     assert at > 40
 
 
+@pytest.mark.case(42)
 def test_every_size_of_device_memory():
     """Too small a device fails in forward or in backward; the step after it, with room, is exact."""
     failed = []
@@ -185,6 +188,7 @@ def test_every_size_of_device_memory():
     assert not failed[-1]
 
 
+@pytest.mark.case(42)
 @pytest.mark.parametrize("place", ["forward", "forward hook", "pre-hook", "tensor hook", "module backward hook"])
 @pytest.mark.parametrize("error", [Fault, KeyboardInterrupt])
 def test_a_fault_in_what_the_user_wrote(place, error):
@@ -212,6 +216,7 @@ def test_a_fault_in_what_the_user_wrote(place, error):
         wrapped.check(hooks_closed=issubclass(error, Exception))
 
 
+@pytest.mark.case(42)
 def test_a_fault_in_another_thread():
     def fail(*_):
         raise Fault
@@ -228,6 +233,7 @@ def test_a_fault_in_another_thread():
         wrapped.check()
 
 
+@pytest.mark.case(51)
 def test_memory_that_cannot_be_pinned_is_used_as_it_is_and_said_once():
     device = VirtualDevice()
     device._pool = HostPool(lambda data: None)
@@ -239,6 +245,7 @@ def test_memory_that_cannot_be_pinned_is_used_as_it_is_and_said_once():
     assert wrapped.engine.offloader.counts.offloaded_bytes
 
 
+@pytest.mark.case(51)
 def test_a_spent_host_budget_keeps_tensors_on_the_device():
     for pages in range(1, 4):
         device = VirtualDevice(host_budget=4096 * pages)
@@ -249,6 +256,7 @@ def test_a_spent_host_budget_keeps_tensors_on_the_device():
         assert wrapped.engine.offloader.counts.host_full
 
 
+@pytest.mark.case(50, 56)
 def test_two_hundred_steps_do_not_grow():
     """Every third one is broken off, in forward or in backward."""
 

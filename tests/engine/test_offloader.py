@@ -76,6 +76,7 @@ def test_gradients_are_bit_for_bit_the_same_for_every_order_of_late_copies(small
     assert counts.prefetched_storages > 0
 
 
+@pytest.mark.case(2)
 @pytest.mark.parametrize(
     ("name", "size"), [("resnet18", 64), ("squeezenet1_1", 64), ("shufflenet_v2_x0_5", 64), ("mobilenet_v3_small", 64)]
 )
@@ -154,6 +155,7 @@ def _redundant(model: nn.Module, x: torch.Tensor, waits: int) -> set[int]:
     return found
 
 
+@pytest.mark.case(21)
 def test_without_the_check_a_missing_wait_for_the_copy_back_gives_wrong_numbers() -> None:
     class Late(VirtualDevice):
         def wait(self, stream, event) -> None:
@@ -170,6 +172,7 @@ def test_without_the_check_a_missing_wait_for_the_copy_back_gives_wrong_numbers(
     assert not same(gradients(model, x), expected)
 
 
+@pytest.mark.case(37)
 def test_a_saved_tensor_changed_in_place_raises_as_eager_does() -> None:
     def broken() -> torch.Tensor:
         x = torch.randn(300, 300, requires_grad=True)
@@ -190,6 +193,7 @@ def test_a_saved_tensor_changed_in_place_raises_as_eager_does() -> None:
         assert re.search(facts, str(ours.value))
 
 
+@pytest.mark.case(23, 24, 25, 30)
 def test_one_storage_is_copied_once_and_its_views_come_back_as_they_were() -> None:
     device = VirtualDevice()
     x = torch.randn(64, 64, requires_grad=True)
@@ -211,6 +215,7 @@ def test_one_storage_is_copied_once_and_its_views_come_back_as_they_were() -> No
     assert off.counts.offloaded_bytes == 64 * 64 * 4 + 32 * 64 * 4  # y once, and the doubled half of it
 
 
+@pytest.mark.case(32)
 def test_parameters_their_transposes_and_buffers_never_move() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Linear(64, 64))
     device = VirtualDevice()
@@ -223,6 +228,7 @@ def test_parameters_their_transposes_and_buffers_never_move() -> None:
     assert not {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())} & set(moved)
 
 
+@pytest.mark.case(34, 35)
 def test_backward_may_run_twice_and_gradients_have_gradients(small) -> None:
     model, x = small
     twin = copy.deepcopy(model)
@@ -240,6 +246,7 @@ def test_backward_may_run_twice_and_gradients_have_gradients(small) -> None:
     assert same(*results)
 
 
+@pytest.mark.case(10)
 def test_two_forwards_then_two_backwards_in_either_order(small) -> None:
     model, x = small
     model.eval()
@@ -256,6 +263,7 @@ def test_two_forwards_then_two_backwards_in_either_order(small) -> None:
         assert same(*results)
 
 
+@pytest.mark.case(39)
 def test_a_graph_without_backward_leaves_no_byte_behind(small) -> None:
     model, x = small
     device = VirtualDevice()
@@ -273,6 +281,7 @@ def test_a_graph_without_backward_leaves_no_byte_behind(small) -> None:
     assert device.host_bytes() == (0, device.host_bytes()[1], reserved)
 
 
+@pytest.mark.case(42)
 def test_after_an_exception_in_forward_the_next_step_is_exact(small) -> None:
     model, x = small
     expected = gradients(copy.deepcopy(model), x)
@@ -291,6 +300,7 @@ def test_after_an_exception_in_forward_the_next_step_is_exact(small) -> None:
     assert device.host_bytes()[0] == 0
 
 
+@pytest.mark.case(42)
 def test_after_a_keyboard_interrupt_in_forward_the_next_step_is_exact(small) -> None:
     model, x = small
     expected = gradients(copy.deepcopy(model), x)
@@ -307,6 +317,7 @@ def test_after_a_keyboard_interrupt_in_forward_the_next_step_is_exact(small) -> 
     assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
+@pytest.mark.case(43, 47)
 def test_a_model_is_wrapped_once_and_unwrapped_to_what_it_was(small) -> None:
     model, x = small
     names = list(model.state_dict())
@@ -323,6 +334,7 @@ def test_a_model_is_wrapped_once_and_unwrapped_to_what_it_was(small) -> None:
         unwrap_model(model)
 
 
+@pytest.mark.case(41)
 def test_evaluation_between_steps_touches_nothing(small) -> None:
     model, x = small
     device = VirtualDevice()
@@ -334,6 +346,7 @@ def test_evaluation_between_steps_touches_nothing(small) -> None:
     assert device.host_bytes()[2] == 0
 
 
+@pytest.mark.case(51)
 def test_when_host_memory_is_spent_tensors_stay_and_one_warning_says_so(small) -> None:
     model, x = small
     expected = gradients(copy.deepcopy(model), x)

@@ -133,6 +133,7 @@ def test_a_storage_that_is_released_too_late_never_leaves() -> None:
     assert device.host_bytes()[0] == 0
 
 
+@pytest.mark.case(52)
 @pytest.mark.parametrize("wait_at", ["", "unpack 3#0/0"])
 def test_several_storages_in_flight_come_back_in_the_planned_order(wait_at: str) -> None:
     model, x = chain()

@@ -38,6 +38,7 @@ def trained(precision: str, offload: bool) -> tuple[nn.Module, EngineReport | No
     return bare, vdnn.report(bare) if offload else None
 
 
+@pytest.mark.case(7)
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_training_gives_the_same_weights(precision: str) -> None:
     plain, _ = trained(precision, offload=False)

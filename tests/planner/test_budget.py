@@ -18,6 +18,7 @@ MACHINE = hardware("rtx4090")
 TRACES = {"conv": conv_chain(batch=512), "transformer": transformer_chain(blocks=6)}
 
 
+@pytest.mark.case(60)
 @pytest.mark.parametrize("name", TRACES)
 @pytest.mark.parametrize("percent", [90, 60, 30])
 def test_the_plan_fits_its_budget_and_a_smaller_budget_moves_more(name: str, percent: int) -> None:
@@ -37,6 +38,7 @@ def test_the_plan_fits_its_budget_and_a_smaller_budget_moves_more(name: str, per
     assert any("the budget does not ask for it" in e.action.why for e in plan.entries if e.action.action == "keep")
 
 
+@pytest.mark.case(53, 60)
 def test_a_budget_that_needs_nothing_moves_nothing() -> None:
     plan = plan_for_budget(TRACES["conv"], MACHINE, 1 << 40, Options(min_bytes=1))
     assert plan.offloaded_bytes == 0
@@ -52,6 +54,7 @@ def test_an_impossible_budget_names_the_least_and_what_fills_it() -> None:
         vdnn.plan(TRACES["conv"], MACHINE, "vdnn-all", budget="1GiB")
 
 
+@pytest.mark.case(60, 61)
 @pytest.mark.parametrize(
     ("name", "batch", "options"),
     [
@@ -144,6 +147,7 @@ def test_wrap_is_told_one_thing_only() -> None:
         vdnn.wrap(model, min_byte=3, device=vdnn.VirtualDevice())
 
 
+@pytest.mark.case(60)
 def test_another_shape_is_planned_anew_and_the_same_is_not() -> None:
     work, larger = vdnn.load("demo:cnn", batch=2), vdnn.load("demo:cnn", batch=5)
     model = work.build()

@@ -90,6 +90,7 @@ def test_policies_keep_the_order_too_and_take_no_less_than_compute(trace, rules)
         assert result.iteration_time_ns >= sum(op_times(trace, machine))
 
 
+@pytest.mark.case(60)
 @pytest.mark.parametrize("trace", CHAINS, ids=lambda t: t.model)
 def test_a_faster_link_is_never_slower(trace):
     machine = hardware("titan-x")

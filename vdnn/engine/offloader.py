@@ -131,7 +131,9 @@ class Offloader:
             frame.packs = index + 1
             slots = self._slots
             slot = slots.get(index) if slots else None
-            if slot is not None or (self._look and tensor.untyped_storage().nbytes() >= self._least_bytes):
+            if slot is not None or (
+                self._look and is_plain(tensor) and tensor.untyped_storage().nbytes() >= self._least_bytes
+            ):
                 return self._take(frame, tensor, slot)
         # `keep`, written out: most saved tensors pass here
         if not tensor.is_leaf:

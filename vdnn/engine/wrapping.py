@@ -170,12 +170,24 @@ class Engine:
             hooks.__exit__()  # those of a thread that has ended are gone with it
 
 
+def _guard_hooks() -> None:
+    """Have torch.compile look at modules' hooks when it chooses compiled code.
+
+    It shares that code among modules of one class, and would run a wrapped model with what it compiled for one
+    without hooks: right numbers, and nothing offloaded.
+    """
+    import torch._dynamo.config
+
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+
+
 def wrap_model(model: nn.Module, device: Device, schedule_for: ScheduleFor) -> Engine:
     """Put the engine on the model, in place.
 
     Raises:
         EngineError: it is on this model, or on a part of it, already.
     """
+    _guard_hooks()
     for fqn, module in model.named_modules():
         if module in _ENGINES:
             raise EngineError(

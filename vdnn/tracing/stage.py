@@ -103,6 +103,8 @@ def undisturbed() -> Iterator[None]:
 
 def make_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer | None:
     parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        return None
     if name == "sgd":
         return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, foreach=True)
     if name == "adamw":
