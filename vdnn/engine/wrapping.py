@@ -178,7 +178,9 @@ def _guard_hooks() -> None:
     """
     import torch._dynamo.config
 
-    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    if torch._dynamo.config.skip_nnmodule_hook_guards:
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
+        torch._dynamo.reset_code_caches()  # what was compiled before now does not look
 
 
 def wrap_model(model: nn.Module, device: Device, schedule_for: ScheduleFor) -> Engine:

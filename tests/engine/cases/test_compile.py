@@ -27,33 +27,36 @@ def gradients(model: nn.Module, parameters: nn.Module, x: Tensor) -> list[Tensor
 
 
 @pytest.mark.case(58)
+@pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "compiled before"])
 @pytest.mark.parametrize("where", ["around the wrapped model", "inside, in place", "inside, a part"])
-def test_compiled_models_give_the_same_numbers(ruled: Ground, where: str) -> None:
+def test_compiled_models_give_the_same_numbers(ruled: Ground, where: str, guarded: bool) -> None:
     torch._dynamo.reset()
-    torch.manual_seed(0)
-    plain = network().to(ruled.kind)
-    ours = copy.deepcopy(plain)
-    x = torch.randn(64, 32, device=ruled.kind)
-    backend = "aot_eager"
-    if where == "around the wrapped model":
-        expected = gradients(torch.compile(plain, backend=backend), plain, x)
-        ruled.wrap(ours)
-        run = torch.compile(ours, backend=backend)
-    elif where == "inside, in place":
-        plain.compile(backend=backend)
-        expected = gradients(plain, plain, x)
-        ours.compile(backend=backend)
-        run = ruled.wrap(ours)
-    else:
-        plain[3].compile(backend=backend)
-        expected = gradients(plain, plain, x)
-        ours[3].compile(backend=backend)
-        run = ruled.wrap(ours)
-    for _ in range(2):
-        assert equal(gradients(run, ours, x), expected)
-    assert engine_of(ours).offloader.counts.offloaded_bytes > 0, "compiled, and nothing is saved"
-    ruled.nothing_left()
-    torch._dynamo.reset()
+    # not guarded: as it is before the first wrap of a process
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=not guarded):
+        torch.manual_seed(0)
+        plain = network().to(ruled.kind)
+        ours = copy.deepcopy(plain)
+        x = torch.randn(64, 32, device=ruled.kind)
+        backend = "aot_eager"
+        if where == "around the wrapped model":
+            expected = gradients(torch.compile(plain, backend=backend), plain, x)
+            ruled.wrap(ours)
+            run = torch.compile(ours, backend=backend)
+        elif where == "inside, in place":
+            plain.compile(backend=backend)
+            expected = gradients(plain, plain, x)
+            ours.compile(backend=backend)
+            run = ruled.wrap(ours)
+        else:
+            plain[3].compile(backend=backend)
+            expected = gradients(plain, plain, x)
+            ours[3].compile(backend=backend)
+            run = ruled.wrap(ours)
+        for _ in range(2):
+            assert equal(gradients(run, ours, x), expected)
+        assert engine_of(ours).offloader.counts.offloaded_bytes > 0, "compiled, and nothing is saved"
+        ruled.nothing_left()
+        torch._dynamo.reset()
 
 
 @pytest.mark.case(58)
