@@ -39,6 +39,7 @@ LAYERS = {
     "reporting": 7,
     "api": 8,
     "experiment": 8,
+    "reproduction": 8,
     "training": 8,
     "deciding": 8,
     "trace_cache": 8,

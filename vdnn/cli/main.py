@@ -9,6 +9,7 @@ import typer
 
 from vdnn.cli.predicting import capture, compare, max_batch, plan, simulate
 from vdnn.cli.replaying import replay
+from vdnn.cli.reproducing import reproduction
 from vdnn.cli.running import experiment, run
 from vdnn.cli.showing import list_names, report
 from vdnn.errors import VdnnError
@@ -16,7 +17,7 @@ from vdnn.errors import VdnnError
 __all__ = ["app", "main"]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-for command in (run, capture, plan, simulate, compare, experiment, report, replay):
+for command in (run, capture, plan, simulate, compare, experiment, report, replay, reproduction):
     app.command()(command)
 app.command("max-batch")(max_batch)
 app.command("list")(list_names)

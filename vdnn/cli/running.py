@@ -124,7 +124,7 @@ def experiment(
     console = Console(stderr=True)
     columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=len(read.cases))
+        task = bar.add_task("", total=None)
         ran, there = run_missing(
             read,
             folder,

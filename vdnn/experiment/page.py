@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from vdnn.errors import EngineError, UsageError
+from vdnn.experiment.bandwidth import draw_sweep
+from vdnn.experiment.extra import extras_of
 from vdnn.experiment.runner import Files
 from vdnn.experiment.spec import Case, Experiment, Figure, Section
 from vdnn.reporting import as_text, predictions_table, result_rows, results_table
+from vdnn.reproduction import readme_table, write_figures
 from vdnn.values import Plan, RunResult, Trace, load
 
 __all__ = ["write_page"]
@@ -33,8 +36,13 @@ def write_page(experiment: Experiment, folder: Path) -> str:
     files = Files(folder)
     results = {case: files.read(case) for case in experiment.cases}
     lines = [f"# {experiment.title}", "", *_paragraph(experiment.text)]
-    lines += [_origin(results.values()), ""]
+    if results:
+        lines += [_origin(results.values()), ""]
     shown = []
+    if experiment.networks:
+        runs = [extra.path for extra in extras_of(experiment, folder)[: len(experiment.networks)]]
+        lines += write_figures(folder, runs)
+        shown.append(readme_table(folder) + "\n")
     for section in experiment.sections:
         lines += [f"## {section.title}", "", *_paragraph(section.text)]
         for table in _tables(section, results, files):
@@ -43,6 +51,8 @@ def write_page(experiment: Experiment, folder: Path) -> str:
     for figure in experiment.figures:
         _draw(figure, results, files, folder / figure.file)
         lines += [f"![{figure.caption or figure.kind}]({figure.file})", "", *_paragraph(figure.caption)]
+    for sweep in experiment.sweeps:
+        lines += draw_sweep(sweep, folder)
     rows = result_rows(list(results.values()))
     (folder / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
     (folder / "README.md").write_text("\n".join(lines).rstrip() + "\n")

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vdnn import api, trace_cache
+from vdnn.experiment.extra import extras_of
 from vdnn.experiment.spec import SINGLE, Case, Experiment, iter_steps
 from vdnn.models import Work
 from vdnn.policies import model_options
@@ -176,15 +177,25 @@ def run_missing(
     if force:
         for case in missing:
             files.result(case).unlink(missing_ok=True)
-    runner = _Runner(
-        experiment,
-        folder,
-        lambda what: progress(what, sum(files.result(case).exists() for case in cases), len(cases)),
-    )
+    extras = extras_of(experiment, folder)
+    open_extras = [extra for extra in extras if force or not extra.path.exists()]
+    there += len(extras) - len(open_extras)
+    if force:
+        for extra in open_extras:
+            extra.path.unlink(missing_ok=True)
+
+    def tell(what: str) -> None:
+        done = sum(files.result(case).exists() for case in cases) + sum(extra.path.exists() for extra in extras)
+        progress(what, done, len(cases) + len(extras))
+
+    for extra in open_extras:
+        tell(extra.name)
+        extra.run(tell)
+    runner = _Runner(experiment, folder, tell)
     for group in iter_steps(cases):
         late = [case for case in group if case in missing]
         if late and late[0].kind == "run":
             late = list(group)  # each policy is compared with the run without offload, so that runs again too
         if late:
             runner.step(late)
-    return len(missing), there
+    return len(missing) + len(open_extras), there

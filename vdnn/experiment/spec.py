@@ -104,8 +104,27 @@ class Figure:
 
 
 @dataclass(frozen=True, slots=True)
+class Sweep:
+    """Slowdown against the link's bandwidth: one row a model, a panel a GPU; options of a model by its name."""
+
+    title: str
+    text: str
+    file: str
+    caption: str
+    models: tuple[tuple[str, int, tuple[tuple[str, Any], ...]], ...]
+    gpus: tuple[str, ...]
+    precisions: tuple[str, ...]
+    policy: str
+    optimizer: str
+    links: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Experiment:
-    """A file that was read: `name` is the file's without its ending."""
+    """A file that was read: `name` is the file's without its ending.
+
+    `networks` are those of the vDNN paper whose figures are reproduced.
+    """
 
     name: str
     file: str
@@ -113,6 +132,8 @@ class Experiment:
     text: str
     sections: tuple[Section, ...]
     figures: tuple[Figure, ...]
+    networks: tuple[str, ...] = ()
+    sweeps: tuple[Sweep, ...] = ()
 
     @property
     def cases(self) -> tuple[Case, ...]:
@@ -144,6 +165,20 @@ _FILE: dict[str, tuple[Any, Any]] = {
     "simulate": (list, []),
     "run": (list, []),
     "figure": (list, []),
+    "reproduction": (dict, {}),
+    "bandwidth": (list, []),
+}
+_SWEEP: dict[str, tuple[Any, Any]] = {
+    "title": (str, ...),
+    "text": (str, ""),
+    "file": (str, ...),
+    "caption": (str, ""),
+    "models": (list, ...),
+    "gpus": (list, ...),
+    "precisions": (list, ["fp32"]),
+    "policy": (str, "vdnn-all"),
+    "optimizer": (str, "none"),
+    "links": (list, ...),
 }
 _SELECT = ("model", "batch", "gpu", "policy", "precision", "source")
 
@@ -166,10 +201,12 @@ def read_experiment(path: Path) -> Experiment:
     for kind in ("simulate", "run"):
         for number, table in enumerate(top[kind]):
             sections.append(_section(kind, table, f"{path}, [[{kind}]] {number + 1}"))
-    if not sections:
-        raise FormatError(f"{path} runs nothing: it needs a [[simulate]] or a [[run]] table")
+    networks = _networks(top["reproduction"], f"{path}, [reproduction]") if "reproduction" in data else ()
+    sweeps = tuple(_sweep(table, f"{path}, [[bandwidth]] {n + 1}") for n, table in enumerate(top["bandwidth"]))
+    if not sections and not networks and not sweeps:
+        raise FormatError(f"{path} runs nothing: it needs a [[simulate]], a [[run]] or a [reproduction] table")
     figures = tuple(_figure(table, f"{path}, [[figure]] {n + 1}") for n, table in enumerate(top["figure"]))
-    made = Experiment(path.stem, str(path), top["title"], top["text"], tuple(sections), figures)
+    made = Experiment(path.stem, str(path), top["title"], top["text"], tuple(sections), figures, networks, sweeps)
     for figure in figures:
         if not any(figure.shows_case(case) for case in made.cases):
             chosen = ", ".join(f"{name}={value}" for name, value in figure.select)
@@ -249,6 +286,35 @@ def _figure(table: Any, where: str) -> Figure:
     if read["kind"] in SINGLE and read["select"].get("policy") is None:
         raise FormatError(f"{where}: a figure of {read['kind']} shows one run: select its policy")
     return Figure(read["kind"], read["file"], read["caption"], tuple(sorted(read["select"].items())))
+
+
+def _networks(table: Any, where: str) -> tuple[str, ...]:
+    from vdnn.reproduction.networks import NETWORKS
+
+    read = _checked(table, {"networks": (list, list(NETWORKS))}, where)
+    for name in read["networks"]:
+        if name not in NETWORKS:
+            raise unknown_name("network of the paper's figures", str(name), NETWORKS, where)
+    return tuple(read["networks"])
+
+
+def _sweep(table: Any, where: str) -> Sweep:
+    read = _checked(table, _SWEEP, where)
+    find(read["policy"])
+    models = []
+    for row in read["models"]:
+        if not isinstance(row, dict) or not {"model", "batch"} <= row.keys():
+            raise FormatError(f'{where}: a model is written {{ model = "torchvision:resnet50", batch = 64 }}')
+        options = {key: value for key, value in row.items() if key not in ("model", "batch")}
+        for precision in read["precisions"]:
+            _check_step(row["model"], row["batch"], precision, read["optimizer"], options)
+        models.append((row["model"], row["batch"], tuple(sorted(options.items()))))
+    for gpu in read["gpus"]:
+        hardware(str(gpu))
+    if not all(isinstance(link, int | float) and link > 0 for link in read["links"]):
+        raise FormatError(f"{where}: links is {read['links']!r}, it must hold GB/s above 0")
+    tuples: dict[str, Any] = {name: tuple(read[name]) for name in ("gpus", "precisions", "links")}
+    return Sweep(**{**read, **tuples, "models": tuple(models)})
 
 
 def iter_steps(cases: tuple[Case, ...]) -> Iterator[tuple[Case, ...]]:

@@ -4,6 +4,8 @@ Each function takes values and returns a `matplotlib.figure.Figure`; `save_figur
 equal bytes. Nothing here touches pyplot, so figures can be drawn in any thread and in any program.
 """
 
+from vdnn.reporting.plots.bandwidth import Line, bandwidth_figure
+from vdnn.reporting.plots.beside import Bars, Panel, Stack, pairs_figure, stacked_figure
 from vdnn.reporting.plots.canvas import save_figure
 from vdnn.reporting.plots.layers import layers_figure
 from vdnn.reporting.plots.memory import memory_figure
@@ -12,10 +14,17 @@ from vdnn.reporting.plots.prediction import prediction_figure
 from vdnn.reporting.plots.streams import streams_figure
 
 __all__ = [
+    "Bars",
+    "Line",
+    "Panel",
+    "Stack",
+    "bandwidth_figure",
     "layers_figure",
     "memory_figure",
+    "pairs_figure",
     "policies_figure",
     "prediction_figure",
     "save_figure",
+    "stacked_figure",
     "streams_figure",
 ]

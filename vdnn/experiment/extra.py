@@ -1,0 +1,127 @@
+"""What an experiment runs besides its cases: the paper's networks, and sweeps over the link's bandwidth.
+
+results/<name>/runs/paper-<network>.json       vdnn.reproduction.numbers
+                    paper-stalls.json.gz       one simulated step with its timeline, for the stall diagram
+                    link-<model>-….json        slowdowns by GPU and bandwidth
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vdnn import api, trace_cache
+from vdnn.costs import op_times
+from vdnn.experiment.spec import Experiment, Sweep
+from vdnn.moments import resolve
+from vdnn.reporting import provenance
+from vdnn.reproduction import NETWORKS, numbers_of
+from vdnn.reproduction.numbers import MACHINE
+from vdnn.sim.run import run
+from vdnn.values import Trace, hardware, save
+
+__all__ = ["Extra", "extras_of", "sweep_file"]
+
+STALLS = ("VGG-16(64)", "vdnn-all-p")  # what Fig. 9 is drawn of
+
+
+@dataclass(frozen=True, slots=True)
+class Extra:
+    """One piece of work that ends in one file."""
+
+    name: str
+    path: Path
+    run: Callable[[Callable[[str], None]], None]
+
+
+def extras_of(experiment: Experiment, folder: Path) -> list[Extra]:
+    """Everything besides the cases, in order."""
+    found = []
+    for name in experiment.networks:
+        path = folder / "runs" / f"paper-{name.replace('(', '-').rstrip(')').lower()}.json"
+        found.append(Extra(name, path, _network(name, path)))
+    for sweep in experiment.sweeps:
+        for model in sweep.models:
+            for precision in sweep.precisions:
+                path = sweep_file(folder, model[0], model[1], precision)
+                found.append(Extra(f"{model[0]} {precision}", path, _sweep(sweep, model, precision, path)))
+    return found
+
+
+def sweep_file(folder: Path, model: str, batch: int, precision: str) -> Path:
+    """Where the slowdowns of one model are."""
+    return folder / "runs" / f"link-{model.replace(':', '-')}-{batch}-{precision}.json"
+
+
+def _trace(model: str, batch: int, options: dict[str, Any], precision: str, optimizer: str) -> Trace:
+    key = trace_cache.key_of(model, str(batch), options, precision, optimizer, "cuda")
+    trace = trace_cache.known(key)
+    if trace is None:
+        trace = api.capture(api.load(model, batch, **options), precision=precision, optimizer=optimizer)
+        trace_cache.keep(key, trace)
+    return trace
+
+
+def _keep(path: Path, data: dict[str, Any]) -> None:
+    """Write a file whole or not at all: it is the sign that the work is done."""
+    origin = provenance()
+    made = {"command": origin.command, "commit": origin.commit, "vdnn": origin.vdnn, "source": "simulated"}
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps({"provenance": made, **data}, indent=1) + "\n")
+    part.replace(path)
+
+
+def _network(name: str, path: Path) -> Callable[[Callable[[str], None]], None]:
+    def work(progress: Callable[[str], None]) -> None:
+        model, batch = NETWORKS[name]
+        progress(f"capture {name}")
+        trace = _trace(model, batch, {}, "fp32", "none")
+        numbers = numbers_of(trace, lambda policy: progress(f"{name} {policy}"))
+        if name == STALLS[0]:
+            plan = api.plan(trace, MACHINE, STALLS[1], regime="paper")
+            result = api.simulate(trace, plan, MACHINE, timeline=True, regime="paper")
+            save(result, path.with_name("paper-stalls.json.gz"))
+        _keep(path, {"network": name, **numbers})
+
+    return work
+
+
+def _sweep(
+    sweep: Sweep, model: tuple[str, int, tuple[tuple[str, Any], ...]], precision: str, path: Path
+) -> Callable[[Callable[[str], None]], None]:
+    def work(progress: Callable[[str], None]) -> None:
+        name, batch, options = model
+        progress(f"capture {name} {precision}")
+        trace = _trace(name, batch, dict(options), precision, sweep.optimizer)
+        gpus: dict[str, Any] = {}
+        for gpu in sweep.gpus:
+            progress(f"{name} {precision} on {gpu}")
+            machine = hardware(gpu)
+            plan = api.plan(trace, gpu, sweep.policy)  # one plan for every bandwidth: the same bytes
+            moves, times = resolve(plan, trace), op_times(trace, machine)
+            free = run(trace, (), times, machine).total_ns
+            slowdowns = []
+            for link in sweep.links:
+                rate = int(link * 1e9)
+                both = 2 * rate * machine.duplex_bytes_per_s // (machine.d2h_bytes_per_s + machine.h2d_bytes_per_s)
+                other = replace(machine, d2h_bytes_per_s=rate, h2d_bytes_per_s=rate, duplex_bytes_per_s=both)
+                slowdowns.append([link, run(trace, moves, times, other).total_ns / free])
+            here = api.simulate(trace, plan, gpu)
+            base = api.simulate(trace, None, gpu)
+            gpus[gpu] = {
+                "slowdowns": slowdowns,
+                "own_link_gb_per_s": machine.d2h_bytes_per_s / 1e9,
+                "own_slowdown": (here.iteration_time_ns or 0) / free,
+                "iteration_ms": free / 1e6,
+                "offloaded_gib": (here.offloaded_bytes or 0) / 2**30,
+                "peak_gib": (here.peak_requested_bytes or 0) / 2**30,
+                "baseline_peak_gib": (base.peak_requested_bytes or 0) / 2**30,
+                "fits": here.fits,
+                "baseline_fits": base.fits,
+            }
+        _keep(path, {"model": name, "batch": batch, "precision": precision, "policy": sweep.policy, "gpus": gpus})
+
+    return work
