@@ -37,7 +37,9 @@ def bandwidth_figure(panels: Sequence[tuple[str, Sequence[Line]]], columns: int 
     if not panels:
         raise UsageError("there are no lines to draw")
     names = list(dict.fromkeys(line.name for _, lines in panels for line in lines))
-    looks = {name: (marker_look(name, n), "-" if n < 7 else "--") for n, name in enumerate(names)}  # 7 colours
+    looks: dict[str, Any] = {
+        name: (marker_look(name, n), "-" if n < 7 else "--") for n, name in enumerate(names)
+    }  # 7 colours
     rows = -(-len(panels) // columns)
     figure = new_figure(0.5 + 2.2 * rows, 3.1 * columns)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
