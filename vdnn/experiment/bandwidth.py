@@ -9,7 +9,6 @@ from typing import Any
 from vdnn.experiment.extra import sweep_file
 from vdnn.experiment.spec import Sweep
 from vdnn.reporting.sheet import Column, Sheet, as_text
-from vdnn.values import hardware
 
 __all__ = ["draw_sweep", "free_from"]
 
@@ -44,7 +43,7 @@ def draw_sweep(sweep: Sweep, folder: Path) -> list[str]:
         for gpu in sweep.gpus:
             found = {name: gpus[gpu] for (name, given), gpus in data.items() if given == precision}
             drawn = [Line(name, tuple((x, y) for x, y in n["slowdowns"])) for name, n in found.items()]
-            panels.append((f"{hardware(gpu).name.partition(',')[0].removeprefix('NVIDIA ')}, {precision}", drawn))
+            panels.append((f"{gpu}, {precision}", drawn))
             rows += [_row(name, gpu, precision, n) for name, n in found.items()]
         file = f"{path.stem}-{precision}{path.suffix}"
         save_figure(bandwidth_figure(panels), folder / file)
