@@ -179,7 +179,7 @@ class Offloader:
             whole, entry = action.whole, slot.entry
         else:
             # a small view of a storage that leaves anyway goes with it: kept, it would hold the whole storage here
-            if not self._by_rule(here, frame, tensor) and here.copy_of(storage, tensor._version, 0, nbytes) is None:
+            if not self._by_rule(here, frame, tensor) and here.copy_of(tensor, storage, 0, nbytes) is None:
                 return None
             whole, entry = 2 * tensor.nbytes >= nbytes or 2 * extent(tensor)[1] >= nbytes, -1
         return self._copy(here, tensor, storage, (0, nbytes) if whole else extent(tensor), entry)
@@ -212,7 +212,7 @@ class Offloader:
         first, nbytes = extent
         version = tensor._version
         with self._lock:
-            known = here.copy_of(storage, version, first, nbytes)
+            known = here.copy_of(tensor, storage, first, nbytes)
             if known is not None:
                 return known
             self.counts.saved_storages += 1

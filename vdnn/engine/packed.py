@@ -5,8 +5,7 @@ and checks it at unpack, as eager would.
 
     keep(t)      (t or an alias of it, version)   stays on the device, marks nothing: a pair, the cheapest there is
     Marked       the same, and the plan puts prefetches or waits at its unpack
-    Offloaded    its storage is the engine's business. The counter is kept by a probe, an alias of the tensor
-                 whose data was emptied: it shares the counter and holds no memory.
+    Offloaded    its storage is the engine's business, and keeps the counter: a storage stands for tensors of one
 """
 
 from __future__ import annotations
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["Kept", "Marked", "Offloaded", "keep", "restore_kept"]
 
 Kept = tuple[torch.Tensor, int]
-
-_NOTHING: dict[torch.device, torch.Tensor] = {}  # a tensor without bytes for each device
 
 
 def keep(tensor: torch.Tensor) -> Kept:
@@ -65,7 +62,7 @@ class Marked:
 class Offloaded:
     """A saved tensor whose storage is the engine's business."""
 
-    __slots__ = ("bits", "dtype", "offset_bytes", "owner", "probe", "shape", "slot", "storage", "stride", "version")
+    __slots__ = ("bits", "dtype", "offset_bytes", "owner", "shape", "slot", "storage", "stride", "version")
 
     def __init__(self, tensor: torch.Tensor, storage: SavedStorage, owner: Pass, slot: Slot | None) -> None:
         self.storage = storage
@@ -78,12 +75,6 @@ class Offloaded:
         # what a tensor says of its bytes without changing them: read as conjugate, read as negative
         self.bits = (tensor.is_conj(), tensor.is_neg())
         self.version = tensor._version
-        device = tensor.device
-        nothing = _NOTHING.get(device)
-        if nothing is None:
-            nothing = _NOTHING[device] = torch.empty(0, device=device)
-        self.probe = tensor.detach()
-        self.probe.data = nothing
 
     def restore(self) -> torch.Tensor:
         """The tensor, rebuilt over its storage with the offset, shape and stride that it had.
@@ -91,7 +82,7 @@ class Offloaded:
         Raises:
             RuntimeError: it was changed in place since it was saved, or its restored bytes were.
         """
-        now = self.probe._version
+        now = self.storage.probe._version
         if now == self.version:
             flat, first, changes = self.storage.fetch(self.dtype)
             if changes == 0:
@@ -101,7 +92,7 @@ class Offloaded:
                     tensor = torch._conj(tensor)
                 return torch._neg_view(tensor) if negative else tensor
             now += changes
-        raise _changed(self.shape, self.dtype, self.probe.device, now, self.version)
+        raise _changed(self.shape, self.dtype, self.storage.probe.device, now, self.version)
 
 
 def _changed(shape: torch.Size, dtype: torch.dtype, device: torch.device, now: int, then: int) -> RuntimeError:

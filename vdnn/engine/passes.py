@@ -17,7 +17,9 @@ from vdnn.engine.schedule import NOTHING, Schedule
 from vdnn.engine.storage import SavedStorage
 from vdnn.values.plan import OUTSIDE
 
-__all__ = ["Pass", "extent"]
+__all__ = ["Pass", "extent", "same_counter"]
+
+_set_version = torch._C._autograd._unsafe_set_version_counter
 
 _NOWHERE = nn.Module()  # stands for the module of what is packed outside every module of the model
 # One copy of a storage: whose bytes, at which version, which of them, and the copy.
@@ -53,15 +55,20 @@ class Pass:
         self._inflight: deque[tuple[int, weakref.ref[SavedStorage]]] = deque()
         self._inflight_bytes = 0
 
-    def copy_of(self, storage: torch.UntypedStorage, version: int, first: int, nbytes: int) -> SavedStorage | None:
-        """The copy of these bytes, if there is one of this version."""
+    def copy_of(
+        self, tensor: torch.Tensor, storage: torch.UntypedStorage, first: int, nbytes: int
+    ) -> SavedStorage | None:
+        """The copy of these bytes of the tensor's storage, if there is one of the tensor's version."""
         copies = self._copies.get(storage._cdata)
         if copies is None:
             return None
+        version = tensor._version
         for alive, known_version, known_first, known_bytes, weak in copies:
             # an address may be another storage's by now; the object is the same as long as the storage lives
             if known_version == version and known_first == first and known_bytes == nbytes and alive() is storage:
-                return weak()
+                saved = weak()
+                if saved is not None and same_counter(saved.probe, tensor, version):
+                    return saved
         return None
 
     def add(self, storage: torch.UntypedStorage, version: int, saved: SavedStorage, entry: int) -> None:
@@ -100,6 +107,19 @@ class Pass:
                 if saved is not None:
                     found.append(saved)
         return found
+
+
+def same_counter(one: torch.Tensor, other: torch.Tensor, version: int) -> bool:
+    """Whether two tensors at this version have one version counter, so that a change through either is seen in both.
+
+    Tensors of one storage need not: those that `unsafe_chunk` gives (LSTM and GRU cells change them in place) and
+    those of `.data` count for themselves. There is no asking, so it is tried out.
+    """
+    _set_version((one,), (version + 1,))
+    try:
+        return other._version == version + 1
+    finally:
+        _set_version((one,), (version,))
 
 
 def extent(tensor: torch.Tensor) -> tuple[int, int]:

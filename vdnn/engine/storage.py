@@ -19,6 +19,8 @@ from vdnn.engine.lifecycle import State, move
 
 __all__ = ["SavedStorage"]
 
+_NOTHING: dict[torch.device, torch.Tensor] = {}  # a tensor without bytes for each device
+
 
 class SavedStorage:
     """Bytes [first, first + nbytes) of a storage. Its owner makes every call under one lock."""
@@ -38,6 +40,7 @@ class SavedStorage:
         "first",
         "nbytes",
         "place",
+        "probe",
         "state",
     )
 
@@ -46,6 +49,12 @@ class SavedStorage:
         self.nbytes = nbytes
         self.place = -1  # its number among the storages that left by rule; of a planned one -1
         self.state = State.RESIDENT
+        # An alias of the source whose data was emptied: it keeps the version counter, and holds no memory.
+        self.probe = source.detach()
+        nothing = _NOTHING.get(source.device)
+        if nothing is None:
+            nothing = _NOTHING[source.device] = torch.empty(0, device=source.device)
+        self.probe.data = nothing
         self._device = device
         self._block: HostBlock | None = None
         self._buffer: Buffer | None = device.adopt(source, first, nbytes)

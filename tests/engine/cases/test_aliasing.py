@@ -133,3 +133,23 @@ def test_parameters_never_move_not_even_after_they_were_replaced(ground: Ground)
         model(torch.randn(8, 16, device=ground.kind)).square().sum().backward()
         assert len(moved) > before
     assert not any(moved)
+
+
+@pytest.mark.case(24, 37)
+@pytest.mark.parametrize("split", [torch.unsafe_chunk, torch.chunk], ids=["a counter each", "one counter"])
+def test_parts_of_a_storage_that_are_changed_one_after_the_other(ruled: Ground, split) -> None:
+    """As in the cells of LSTM and GRU: each part is saved after its own change, at the same version as the others."""
+    x = torch.randn(8, 32, device=ruled.kind, requires_grad=True)
+
+    def run() -> tuple[Tensor, ...]:
+        one, two, three = split((x * 1)[:, :24], 3, 1) if split is torch.chunk else split(x[:, :24] * 1, 3, 1)
+        if split is torch.chunk:
+            one, two, three = one.sigmoid(), two.tanh(), three.sigmoid()
+        else:
+            one.sigmoid_(), two.tanh_(), three.sigmoid_()
+        return torch.autograd.grad((one * two + three).square().sum(), x)
+
+    with ruled.block() as off:
+        ours = run()
+    assert equal(ours, run())
+    assert off.counts.offloaded_storages > 1
