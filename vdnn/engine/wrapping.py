@@ -123,6 +123,11 @@ class Engine:
         self._calls.current = None
         if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             return
+        if torch._C._functorch.maybe_current_level() is not None:
+            raise EngineError(
+                f"the wrapped {type(module).__name__} was called inside a transform of torch.func (grad, vjp, vmap, …), "
+                "which takes no saved-tensor hooks: unwrap the model there (vdnn.unwrap), or use torch.autograd.grad"
+            )
         self._deciding = True
         try:
             schedule = self._schedule_for(module, args, kwargs)

@@ -60,7 +60,7 @@ CASES = {
     43: "a block or model wrapped twice is an error; two blocks nest",
     44: "with save_on_cpu, and with both kinds of checkpoint, inside and around",
     45: "an autograd function of the user's",
-    46: "tensor subclasses pass through",
+    46: "tensor subclasses pass through; transforms of torch.func are refused",
     47: "copies and pickles are plain models, names stay, unwrap restores the model",
     48: "a wrapped model dies without the garbage collector",
     49: "what leaves the device is what the host takes; the peak falls as predicted",

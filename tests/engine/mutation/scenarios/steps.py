@@ -148,3 +148,24 @@ def an_address_that_is_used_again_is_another_storage(engine: ModuleType) -> None
         got = run()
     expect(again > 10, "hardly one of 100 storages lies where another one was: this scenario shows nothing here")
     expect(torch.equal(got, expected), "wrong gradients")
+
+
+@scenario
+def a_tensor_that_was_given_other_memory_is_another_storage(engine: ModuleType) -> None:
+    """`.data = …` keeps the version counter, and the new memory may lie where the old one did."""
+    w = torch.ones(64, requires_grad=True)
+    for _ in range(50):
+        tensor = torch.full((64,), 2.0)
+        with engine.offloading(engine.VirtualDevice(), engine.Rule(min_bytes=1, max_inflight_bytes=0)):
+            first = w * tensor
+            address = tensor.untyped_storage()._cdata
+            tensor.data = torch.empty(0)
+            tensor.data = torch.full((64,), 3.0)
+            again = tensor.untyped_storage()._cdata == address
+            second = w * tensor
+        (gradient,) = torch.autograd.grad(second.sum(), w)
+        expect(bool((gradient == 3).all()), "the copy of other memory came back")
+        del first
+        if again:
+            return
+    raise AssertionError("no address was used again, so nothing was tried")

@@ -89,3 +89,28 @@ def a_change_of_the_restored_bytes_raises_the_second_time(engine: ModuleType) ->
     loss.backward(retain_graph=True)
     with must_raise(RuntimeError, _CHANGED):
         loss.backward()
+
+
+@scenario
+def parts_that_count_their_versions_for_themselves_share_no_copy(engine: ModuleType) -> None:
+    """As in the cells of LSTM and GRU: each part is changed and saved after the others, at the same version."""
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        one, two = torch.unsafe_chunk(x * 1, 2, 1)
+        one.sigmoid_()
+        two.tanh_()
+        return torch.autograd.grad((one * two).square().sum(), x)[0]
+
+    x = torch.randn(4, 16, requires_grad=True)
+    with engine.offloading(engine.VirtualDevice(), engine.Rule(min_bytes=1)):
+        got = run(x)
+    expect(torch.equal(got, run(x)), "wrong gradients")
+
+
+@scenario
+def the_trial_of_a_version_counter_leaves_no_trace(engine: ModuleType) -> None:
+    one = torch.randn(4)
+    same_counter = engine.passes.same_counter
+    expect(same_counter(one, one.detach(), one._version), "an alias has the counter of its tensor")
+    expect(not same_counter(one, torch.randn(4), one._version), "two tensors have two counters")
+    expect(one._version == 0, "a look at a version has changed it")
