@@ -125,7 +125,7 @@ class Engine:
             return
         if torch._C._functorch.maybe_current_level() is not None:
             raise EngineError(
-                f"the wrapped {type(module).__name__} was called inside a transform of torch.func (grad, vjp, vmap, …), "
+                f"the wrapped {type(module).__name__} was called inside a transform of torch.func (grad, vmap, …), "
                 "which takes no saved-tensor hooks: unwrap the model there (vdnn.unwrap), or use torch.autograd.grad"
             )
         self._deciding = True

@@ -366,9 +366,9 @@ def test_a_wrapped_model_dies_by_reference_count_alone(ground: Ground) -> None:
 
 @pytest.mark.case(46)
 def test_transforms_of_torch_func_are_refused(ground: Ground) -> None:
-    model = ground.wrap(nn.Sequential(nn.Linear(8, 8), nn.Tanh()).to(ground.kind))
+    model = ground.wrap(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh()).to(ground.kind))
     x = torch.randn(4, 8, device=ground.kind)
-    for transformed in (torch.func.vmap(model), torch.func.grad(lambda x: model(x).sum())):
+    for transformed in (torch.func.vmap(model), torch.func.grad(lambda y: model(y).sum())):
         with pytest.raises(EngineError, match=r"inside a transform of torch\.func"):
             transformed(x)
     with torch.no_grad():
