@@ -85,15 +85,15 @@ def plan(
 def _decide(trace: Trace, hardware: Hardware, policy: str, budget: int | str | None, options: dict[str, Any]) -> Plan:
     from dataclasses import replace
 
-    from vdnn.planner import dyn_plan, plan_for_budget
+    from vdnn.planner import BUDGETED, budgeted_plan, plan_for_budget
     from vdnn.policies import decide
     from vdnn.units import parse_size
 
     chosen = _options(options)
-    if policy == "vdnn-dyn":
+    if policy in BUDGETED:
         if budget is not None:
             chosen = replace(chosen, budget_bytes=parse_size(budget))
-        return dyn_plan(trace, hardware, chosen)
+        return budgeted_plan(policy, trace, hardware, chosen)
     if budget is None:
         return decide(policy or "vdnn-all", trace, hardware, chosen)
     if policy:
@@ -252,7 +252,7 @@ def wrap(
         policy: decide by this policy instead ("vdnn-all", "vdnn-conv", "none"; "checkpoint" and "checkpoint-offload"
             recompute the model's repeated blocks).
         plan: execute this plan instead.
-        budget: device memory for the step, "12GiB" or bytes, instead of all there is; also for "vdnn-dyn".
+        budget: device memory for the step, "12GiB" or bytes, instead of all there is; for vdnn-dyn and capuchin, too.
         device: default: the model's own. For a model on the CPU offload is inactive unless a virtual device is given.
         hardware: the machine to plan for; default: the device's.
         optimizer: whose states the step will have: "none", "sgd" or "adamw".
@@ -268,11 +268,12 @@ def wrap(
 
     from vdnn.deciding import Decider, machine_of, recompute_blocks
     from vdnn.engine import CudaDevice, Schedule, wrap_model
+    from vdnn.planner import BUDGETED
     from vdnn.policies import model_options
     from vdnn.units import parse_size
 
     given = [name for name, value in (("policy", policy), ("plan", plan), ("budget", budget)) if value]
-    if len(given) > 1 and (plan is not None or policy != "vdnn-dyn"):
+    if len(given) > 1 and (plan is not None or policy not in BUDGETED):
         raise UsageError(f"{' and '.join(given)} are both given: a model is wrapped by one of them")
     recomputes = bool(policy) and "checkpoint" in model_options(policy)
     if plan is not None:
@@ -292,7 +293,7 @@ def wrap(
         policy=policy,
         budget_bytes=budget_bytes,
         optimizer=optimizer,
-        options=replace(chosen, budget_bytes=budget_bytes) if policy == "vdnn-dyn" else chosen,
+        options=replace(chosen, budget_bytes=budget_bytes) if policy in BUDGETED else chosen,
     )
     wrap_model(model, device, decider.schedule)
     if recomputes:

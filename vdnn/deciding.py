@@ -28,7 +28,7 @@ from vdnn.checkpointing import blocks_of, checkpoint_blocks
 from vdnn.engine import CudaDevice, Device, Rule, Schedule, VirtualDevice, choose_in_cudnn, what_cudnn_does
 from vdnn.errors import CaptureError, EngineError, InfeasibleError, UsageError
 from vdnn.measure import available_bytes, recognised
-from vdnn.planner import dyn_plan, plan_for_budget
+from vdnn.planner import BUDGETED, budgeted_plan, plan_for_budget
 from vdnn.policies import Options, decide, recomputed_blocks, remarks
 from vdnn.sim import simulate_step
 from vdnn.tracing import OPTIMIZERS, capture_model, likely_loss
@@ -132,8 +132,9 @@ class Decider:
             log.warning("vdnn: %s; offloading by rule instead", error)
             return _Decision(Schedule(None, rule_for(self.policy or "vdnn-all", self.options)))
         recompute = None
-        if self.policy == "vdnn-dyn":
-            plan = dyn_plan(trace, self.machine, replace(self.options, budget_bytes=self._there()))
+        if self.policy in BUDGETED:
+            options = replace(self.options, budget_bytes=self._there())
+            plan = budgeted_plan(self.policy, trace, self.machine, options)
         elif self.policy:
             plan = decide(self.policy, trace, self.machine, self.options)
         elif self.budget_bytes is not None:

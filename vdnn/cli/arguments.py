@@ -129,14 +129,15 @@ def must_be_one(*, policy: str, budget: str, plan: Path | None = None) -> None:
     """Check what decides, before anything expensive.
 
     Raises:
-        UsageError: more than one of them is given (vdnn-dyn decides for a budget), an unknown policy, or a budget that
-            is no size.
+        UsageError: more than one of them is given (vdnn-dyn and capuchin decide for a budget), an unknown policy,
+            or a budget that is no size.
     """
+    from vdnn.planner import BUDGETED
     from vdnn.policies import find
     from vdnn.units import parse_size
 
     given = [name for name, value in (("--policy", policy), ("--budget", budget), ("--plan", plan)) if value]
-    if (len(given) > 1 and given != ["--policy", "--budget"]) or (budget and policy not in ("", "vdnn-dyn")):
+    if (len(given) > 1 and given != ["--policy", "--budget"]) or (budget and policy not in ("", *BUDGETED)):
         raise UsageError(f"{' and '.join(given)} are given: one of them decides, leave the others out")
     if policy:
         find(policy)

@@ -3,8 +3,8 @@
     fastest, mixed   `torch.backends.cudnn.benchmark` on: cuDNN times its algorithms, within the memory that is free
     least            off: cuDNN's heuristics choose, which is the nearest there is to "no workspace"
 
-PyTorch chooses no algorithm by layer and has no limit of its own for their workspace. The process-wide one is the
-environment variable CUDNN_CONV_WSCAP_DBG (MiB), which is read at the first convolution.
+PyTorch lets nobody choose an algorithm by layer, and has no limit of its own for their workspace. For a whole process its
+documentation names cuDNN's environment variable CUDNN_CONV_WSCAP_DBG; what it does was not tried here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def what_cudnn_does(plan: Plan) -> str:
     if plan.workspace == "least":
         return (
             "cuDNN's benchmark is off, so its heuristics choose; that they take no workspace cannot be asked for "
-            "(CUDNN_CONV_WSCAP_DBG=0 in the environment caps it for the whole process)"
+            "(cuDNN's environment variable CUDNN_CONV_WSCAP_DBG caps it for the whole process)"
         )
     said = "cuDNN's benchmark is on: it takes the fastest algorithm that the free memory allows"
     slow = sum(IMPLICIT_GEMM in (choice.forward, choice.backward) for choice in plan.convolutions)

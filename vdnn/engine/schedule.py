@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from vdnn.errors import PlanMismatchError
-from vdnn.values.plan import Action, Offload, Plan, Point, SavedName
+from vdnn.errors import EngineError, PlanMismatchError
+from vdnn.values.plan import Action, Offload, Plan, Point, Recompute, SavedName
 
 __all__ = ["NOTHING", "CallSchedule", "Rule", "Schedule", "Slot"]
 
@@ -79,6 +79,7 @@ class Schedule:
 
     Raises:
         PlanMismatchError: a point of the plan names nothing that can be observed.
+        EngineError: the plan computes single feature maps again.
     """
 
     def __init__(self, plan: Plan | None, rule: Rule | None = None) -> None:
@@ -91,6 +92,12 @@ class Schedule:
         self.calls: dict[tuple[str, int], CallSchedule] = {}
         self.modules = {name.module for entry in plan.entries for name in entry.saved} if plan else set()
         actions = [entry.action for entry in plan.entries] if plan else []
+        if any(isinstance(action, Recompute) for action in actions):
+            assert plan is not None
+            raise EngineError(
+                f"the plan of {plan.policy} computes single feature maps again, which only the simulator does: use the "
+                "policy checkpoint or checkpoint-offload, which recompute by block"
+            )
         self.idle = not rule.offload and not any(isinstance(action, Offload) for action in actions)
         if plan is None:
             return

@@ -106,7 +106,9 @@ class _Runner:
     def _simulate(self, case: Case, trace: Trace) -> None:
         self.progress(f"simulate {case.model} {case.batch} {case.gpu} {case.policy}")
         plan = self._plan(case, trace)
-        result = api.simulate(trace, plan, case.gpu, timeline=True)
+        options = dict(case.policy_options)
+        limit, regime = options.get("budget_bytes"), options.get("regime", "pytorch")
+        result = api.simulate(trace, plan, case.gpu, memory_limit=limit, timeline=True, regime=regime)
         self._keep(case, replace(result, provenance=provenance(torch=trace.torch)), trace, plan)
 
     def _run(self, cases: Mapping[Case, tuple[Work, Trace]], place: str) -> None:

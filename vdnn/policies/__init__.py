@@ -3,7 +3,16 @@
 plan = decide("vdnn-conv", trace, hardware, Options(rules="paper"))
 """
 
-from vdnn.policies import checkpoint, none, vdnn_all, vdnn_conv, vdnn_dyn
+from vdnn.policies import (
+    capuchin,
+    checkpoint,
+    chen_sqrt_n,
+    none,
+    vdnn_all,
+    vdnn_conv,
+    vdnn_dyn,
+    vdnn_plus_plus,
+)
 from vdnn.policies.checkpoint import recomputed_blocks
 from vdnn.policies.options import Options
 from vdnn.policies.registry import Policy, decide, distinct, find, model_options, names
@@ -12,7 +21,9 @@ from vdnn.policies.remarks import remarks
 __all__ = [
     "Options",
     "Policy",
+    "capuchin",
     "checkpoint",
+    "chen_sqrt_n",
     "decide",
     "distinct",
     "find",
@@ -24,4 +35,5 @@ __all__ = [
     "vdnn_all",
     "vdnn_conv",
     "vdnn_dyn",
+    "vdnn_plus_plus",
 ]

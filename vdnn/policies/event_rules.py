@@ -22,7 +22,18 @@ from vdnn.values.hardware import Hardware
 from vdnn.values.plan import Offload
 from vdnn.values.trace import Trace
 
-__all__ = ["event_actions", "needed_soon"]
+__all__ = ["event_actions", "least_clock", "needed_soon"]
+
+
+def least_clock(trace: Trace, hardware: Hardware) -> list[int]:
+    """A bound from below for the time in ns at each position: peak rates, and no op faster than it is issued."""
+    clock = [0]
+    for op in trace.ops:
+        compute = op.flops * 10**9 // hardware.peak(op.dtype)
+        memory = (op.read_bytes + op.written_bytes) * 10**9 // hardware.dram_bytes_per_s
+        least = hardware.launch_ns if op.kernel == "view" else max(hardware.kernel_ns, hardware.launch_ns)
+        clock.append(clock[-1] + max(compute, memory, least))
+    return clock
 
 
 def needed_soon(trace: Trace, hardware: Hardware, items: Sequence[Saved]) -> set[int]:
@@ -32,12 +43,7 @@ def needed_soon(trace: Trace, hardware: Hardware, items: Sequence[Saved]) -> set
     than `launch_ns`. So what is saved last stays, as the last layer does in vDNN's followers: compute would
     wait for the copy, and no memory would be free for any time.
     """
-    clock = [0]
-    for op in trace.ops:
-        compute = op.flops * 10**9 // hardware.peak(op.dtype)
-        memory = (op.read_bytes + op.written_bytes) * 10**9 // hardware.dram_bytes_per_s
-        least = hardware.launch_ns if op.kernel == "view" else max(hardware.kernel_ns, hardware.launch_ns)
-        clock.append(clock[-1] + max(compute, memory, least))
+    clock = least_clock(trace, hardware)
     soon = set()
     for item in items:
         out = hardware.link_latency_ns + item.nbytes * 10**9 // hardware.d2h_bytes_per_s

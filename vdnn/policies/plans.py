@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from vdnn.moments import Points, extent
 from vdnn.policies.options import Options
-from vdnn.values.plan import Entry, Keep, Offload, Plan
+from vdnn.values.plan import Entry, Keep, Offload, Plan, Recompute
 from vdnn.values.trace import Trace
 
 __all__ = ["covers_half", "make_plan"]
@@ -26,7 +26,7 @@ def make_plan(
     policy: str,
     trace: Trace,
     options: Options,
-    offloaded: Mapping[int, Offload],
+    moved: Mapping[int, Offload | Recompute],
     kept: Mapping[int, str],
     inflight_bytes: int | None = None,
     notes: tuple[str, ...] = (),
@@ -38,7 +38,7 @@ def make_plan(
         tensors.setdefault(t.storage, []).append(i)
     entries = []
     for storage, found in tensors.items():
-        action = offloaded.get(storage) or Keep(kept.get(storage, ""))
+        action = moved.get(storage) or Keep(kept.get(storage, ""))
         names = tuple(points.names[i] for i in found)
         entries.append(Entry(names, trace.storages[storage].nbytes, action))
     plan = Plan(

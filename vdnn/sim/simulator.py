@@ -22,6 +22,7 @@ from vdnn.costs import times_with
 from vdnn.errors import UsageError
 from vdnn.liveness import host_bytes, op_text, peak
 from vdnn.moments import Move, resolve
+from vdnn.recomputing import recomputed
 from vdnn.sim.allocator_step import StepMemory, step_memory
 from vdnn.sim.pool import run_pool
 from vdnn.sim.recorder import Recorder
@@ -54,9 +55,10 @@ def simulate_step(
     if memory_limit is not None and memory_limit <= 0:
         raise UsageError(f"a memory limit of {memory_limit} bytes holds nothing: give more than 0")
     source = under(regime, trace, plan.policy if plan else "")
-    moves = resolve(plan, source)
-    chosen = offers_of(plan, source, hardware.peak("float32"))
-    trace = with_workspaces(source, chosen)
+    step = recomputed(source, plan)
+    moves = resolve(plan, step)
+    chosen = offers_of(plan, step, hardware.peak("float32"))
+    trace = with_workspaces(step, chosen)
     recorder = Recorder(trace, moves) if timeline else None
     op_ns = times_with(trace, hardware, chosen, plan.algorithm_table if plan else "")
     times = run(trace, moves, op_ns, hardware, recorder)

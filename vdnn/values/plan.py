@@ -17,7 +17,7 @@ from typing import Literal
 from vdnn.errors import FormatError
 from vdnn.values.codec import fingerprint, record, value
 
-__all__ = ["OUTSIDE", "Action", "ConvChoice", "Entry", "Keep", "Offload", "Plan", "Point", "SavedName"]
+__all__ = ["OUTSIDE", "Action", "ConvChoice", "Entry", "Keep", "Offload", "Plan", "Point", "Recompute", "SavedName"]
 
 # The module FQN of tensors that are packed outside every module of the model, such as the loss's.
 OUTSIDE = "<outside>"
@@ -93,7 +93,18 @@ class Offload:
     action: Literal["offload"] = "offload"
 
 
-Action = Keep | Offload
+@dataclass(frozen=True, slots=True)
+class Recompute:
+    """The storage is dropped when forward lets go of it, and computed again when backward asks; `why` says the reason.
+
+    The simulator runs such plans. The engine does not: it recomputes by block, with the policy `checkpoint`.
+    """
+
+    why: str = ""
+    action: Literal["recompute"] = "recompute"
+
+
+Action = Keep | Offload | Recompute
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +113,7 @@ class Entry:
 
     saved: tuple[SavedName, ...]
     storage_bytes: int
-    action: Keep | Offload
+    action: Keep | Offload | Recompute
 
 
 @record

@@ -1,0 +1,61 @@
+"""Policies that decide for a budget, on a machine whose allocator needs more than the bytes that live.
+
+`vdnn-dyn` and `capuchin` judge by live bytes, which is what vDNN's pool and a virtual device count. PyTorch's caching
+allocator rounds and fragments: if a plan does not fit its model, the policy is asked again for as much less as was
+missing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from vdnn.errors import InfeasibleError
+from vdnn.policies import Options, decide
+from vdnn.sim import simulate_step
+from vdnn.units import format_bytes
+from vdnn.values.hardware import Hardware
+from vdnn.values.plan import Plan
+from vdnn.values.trace import Trace
+
+__all__ = ["BUDGETED", "budgeted_plan"]
+
+BUDGETED = ("vdnn-dyn", "capuchin")
+_TRIES = 12
+
+
+def budgeted_plan(policy: str, trace: Trace, hardware: Hardware, options: Options) -> Plan:
+    """The plan of such a policy that fits into the machine's memory, or into `options.budget_bytes`.
+
+    Where none was found to fit, `capuchin` gives the last one that it tried.
+
+    Raises:
+        InfeasibleError: of vdnn-dyn, the pass with the least memory does not fit.
+    """
+    there = options.budget_bytes or hardware.memory_bytes
+    budget = there
+    for _ in range(_TRIES):
+        try:
+            plan = decide(policy, trace, hardware, replace(options, budget_bytes=budget))
+        except InfeasibleError as error:
+            if budget == there:
+                raise
+            raise InfeasibleError(
+                f"{error} (of {format_bytes(there)} the allocator's rounding and fragmentation leave no more)"
+            ) from None
+        result = simulate_step(trace, plan, hardware, memory_limit=there, regime=options.regime)
+        if budget < there:
+            note = f"decided for {format_bytes(budget)}: the allocator's model takes the rest of {format_bytes(there)}"
+            plan = replace(plan, notes=(plan.notes[0], note, *plan.notes[1:]))
+        plan = replace(plan, budget_bytes=options.budget_bytes)
+        if result.fits:
+            return plan
+        missing = (result.peak_reserved_bytes or result.peak_requested_bytes or 0) - there
+        budget -= max(missing, there >> 6)
+        if budget <= 0:
+            break
+    if policy == "capuchin":
+        return plan
+    raise InfeasibleError(
+        f"{policy}: no pass fits {trace.model} (batch {trace.batch}) into {format_bytes(there)} as the allocator's "
+        "model has it: give more memory, or a smaller batch"
+    )
