@@ -3,8 +3,8 @@
     fastest, mixed   `torch.backends.cudnn.benchmark` on: cuDNN times its algorithms, within the memory that is free
     least            off: cuDNN's heuristics choose, which is the nearest there is to "no workspace"
 
-PyTorch lets nobody choose an algorithm by layer, and has no limit of its own for their workspace. For a whole process its
-documentation names cuDNN's environment variable CUDNN_CONV_WSCAP_DBG; what it does was not tried here.
+PyTorch lets nobody choose an algorithm by layer, and has no limit of its own for their workspace. For a whole process
+its documentation names cuDNN's environment variable CUDNN_CONV_WSCAP_DBG; what it does was not tried here.
 """
 
 from __future__ import annotations
