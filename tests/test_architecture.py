@@ -23,6 +23,7 @@ LAYERS = {
     "synthetic": 2,
     "torch7": 2,
     "convolutions": 2,
+    "chains": 2,
     "recomputing": 2,
     "policies": 3,
     "sim": 4,

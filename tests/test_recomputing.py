@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vdnn.chains import makers
 from vdnn.engine import Schedule
 from vdnn.errors import EngineError, PlanMismatchError
 from vdnn.liveness import peak
 from vdnn.moments import resolve
 from vdnn.policies import Options, decide
-from vdnn.recomputing import makeable, makers, recompute, recomputed, regenerators
+from vdnn.recomputing import makeable, recompute, recomputed, regenerators
 from vdnn.sim import simulate_step
 from vdnn.synthetic import conv_chain, fork_join, transformer_chain
 from vdnn.values import Offload, Recompute, Trace, hardware

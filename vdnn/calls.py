@@ -26,9 +26,12 @@ __all__ = ["Frame", "Hook", "ModuleCalls"]
 
 
 class Frame:
-    """One call of one module while it runs. `packs` counts the tensors packed in it so far."""
+    """One call of one module while it runs. `packs` counts the tensors packed in it so far.
 
-    __slots__ = ("call", "fqn", "module", "packs", "parent", "slot")
+    `args` are its positional arguments and `output` what it gives, both only while its end is told.
+    """
+
+    __slots__ = ("args", "call", "fqn", "module", "output", "packs", "parent", "slot")
 
     def __init__(self, module: nn.Module, fqn: str, call: int, parent: Frame | None) -> None:
         self.module = module
@@ -37,6 +40,8 @@ class Frame:
         self.parent = parent
         self.packs = 0
         self.slot: Any = None  # whatever the owner keeps with the call
+        self.args: tuple[Any, ...] = ()
+        self.output: Any = None
 
 
 Listener = Callable[[Frame], None]
@@ -125,8 +130,10 @@ class ModuleCalls:
         frame = self.current
         if frame is None or frame.module is not module:
             return
+        frame.args, frame.output = args, output
         try:
             if self._on_end is not None:
                 self._on_end(frame)
         finally:
+            frame.args, frame.output = (), None
             self.current = frame.parent

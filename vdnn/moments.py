@@ -96,12 +96,7 @@ class Points:
         """
         point = Point.parse(text)
         if point.kind == "end":
-            call = self._calls.get((point.module, point.call))
-            if call is None:
-                raise PlanMismatchError(
-                    f"the plan's point {text!r} is a module call that {self._model()} does not make"
-                )
-            return self.end(call)
+            return self.end(self.call(text))
         found = self._saved.get((point.module, point.call, point.index))
         if found is None:
             raise PlanMismatchError(f"the plan's point {text!r} is a saved tensor that {self._model()} does not pack")
@@ -109,6 +104,23 @@ class Points:
         if moment is None:
             raise PlanMismatchError(f"the plan's point {text!r} never comes: no backward of {self._model()} unpacks it")
         return moment
+
+    def call(self, text: str) -> int:
+        """Index of the module call at whose end a point is.
+
+        Raises:
+            FormatError: not a point.
+            PlanMismatchError: the trace has no such call.
+        """
+        point = Point.parse(text)
+        call = self._calls.get((point.module, point.call))
+        if call is None:
+            raise PlanMismatchError(f"the plan's point {text!r} is a module call that {self._model()} does not make")
+        return call
+
+    def saved_at(self, module: str, call: int, index: int) -> int | None:
+        """Index of the saved tensor of that place, if the trace packs one there."""
+        return self._saved.get((module, call, index))
 
     def pack(self, saved: int) -> Moment:
         """When that saved tensor is packed."""

@@ -14,32 +14,22 @@ What draws random numbers is never run twice.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
+from vdnn.chains import RANDOM, Chain, makers, planned_chains
 from vdnn.errors import PlanMismatchError
 from vdnn.moments import Points
 from vdnn.values.plan import Offload, Plan, Recompute
 from vdnn.values.trace import Op, Storage, Trace
 
-__all__ = ["makeable", "makers", "recompute", "recomputed", "regenerators"]
-
-_RANDOM = ("dropout", "bernoulli", "rand", "normal_", "multinomial", "uniform_", "exponential_")
-
-
-def makers(trace: Trace) -> dict[int, list[int]]:
-    """For each storage the forward ops that write it, in order."""
-    found: dict[int, list[int]] = {}
-    for i, op in enumerate(trace.ops[: trace.forward_end]):
-        for s in op.writes:
-            found.setdefault(s, []).append(i)
-    return found
+__all__ = ["makeable", "recompute", "recomputed", "regenerators"]
 
 
 def regenerators(trace: Trace, storage: int, made: dict[int, list[int]] | None = None) -> list[int] | None:
     """The forward ops that make a storage; None if there are none, or one draws random numbers."""
     ops = (makers(trace) if made is None else made).get(storage)
-    if not ops or any(word in trace.ops[i].name for i in ops for word in _RANDOM):
+    if not ops or any(word in trace.ops[i].name for i in ops for word in RANDOM):
         return None
     return ops
 
@@ -92,24 +82,33 @@ def recomputed(trace: Trace, plan: Plan | None) -> Trace:
         return trace
     points = Points(trace)
     dropped = {trace.saved[points.find(e.saved[0])].storage for e in entries}
+    ways = planned_chains(plan, points)
     away = {trace.saved[points.find(e.saved[0])].storage for e in plan.entries if isinstance(e.action, Offload)}
-    return recompute(trace, dropped, away)
+    return recompute(trace, dropped, away, ways)
 
 
-def recompute(trace: Trace, dropped: Collection[int], away: Collection[int] = ()) -> Trace:
+def recompute(
+    trace: Trace, dropped: Collection[int], away: Collection[int] = (), ways: Mapping[int, Chain] | None = None
+) -> Trace:
     """The step without these storages between forward and backward; `away` are those that are offloaded.
+
+    `ways` says by which ops a storage is made; without it by those that made it, as far back as it takes.
 
     Raises:
         PlanMismatchError: a storage cannot be computed again.
     """
-    return _Rewriting(trace, dropped, away).write()
+    return _Rewriting(trace, dropped, away, ways or {}).write()
 
 
 class _Rewriting:
-    def __init__(self, trace: Trace, dropped: Collection[int], away: Collection[int]) -> None:
+    def __init__(
+        self, trace: Trace, dropped: Collection[int], away: Collection[int], ways: Mapping[int, Chain]
+    ) -> None:
         self.trace = trace
         self.dropped = set(dropped)
         self.away = set(away)
+        self.ways = ways
+        self.asked: dict[int, list[int]] = {}  # saved tensor → where it is asked for to make another
         self.made = makers(trace)
         self.last_pack: dict[int, int] = {}
         for t in trace.saved:
@@ -132,6 +131,7 @@ class _Rewriting:
         if self.inserted and self.inserted[-1][0] == position:
             ops = self.inserted.pop()[1]  # more of them at one position
         temporary: dict[int, int] = {}
+        started: set[int] = set()  # what is fetched to start from
         last_use: dict[int, int] = {}
 
         def place(s: int) -> int:
@@ -141,9 +141,13 @@ class _Rewriting:
                 return known
             old = self.trace.storages[s]
             there = old.alloc <= position < old.free and not (s in self.away and position < old.need)
-            if there and s not in self.dropped:
+            if (there or s in started) and s not in self.dropped:
                 return s
-            found = regenerators(self.trace, s, self.made)
+            way = self.ways.get(s)
+            if way is not None:
+                self.asked.setdefault(way.source, []).append(position)
+                started.add(self.trace.saved[way.source].storage)
+            found = way.ops if way is not None else regenerators(self.trace, s, self.made)
             if found is None:
                 raise PlanMismatchError(
                     f"storage {s} of {self.trace.model} cannot be computed again: nothing makes it in forward, or "
@@ -156,6 +160,8 @@ class _Rewriting:
                     if w not in self.now and w not in temporary:
                         self._new(w, w in self.dropped, temporary, position, len(ops))
                 table = {**reads, **{w: self.now.get(w, temporary.get(w, w)) for w in op.writes}}
+                if s in op.reads and s not in table:  # a view of what was made just now
+                    table[s] = self.now.get(s, temporary.get(s, s))
                 new_reads = tuple(table.get(r, r) for r in op.reads)
                 new_writes = tuple(table[w] for w in op.writes)
                 for used in (*new_reads, *new_writes):
@@ -197,6 +203,9 @@ class _Rewriting:
                 reads = tuple(self.now.get(r, r) for r in op.reads)
                 op = replace(op, reads=reads, writes=tuple(self.now.get(w, w) for w in op.writes))
             ops.append(op)
+        first: dict[int, list[int]] = {}
+        for i, positions in self.asked.items():
+            first.setdefault(trace.saved[i].storage, []).extend(positions)
         storages = []
         for number, s in enumerate(self.storages):
             if number in self.born:
@@ -210,11 +219,15 @@ class _Rewriting:
                 storages.append(replace(s, alloc=index(s.alloc), release=gone, free=gone, need=-1))
             else:
                 alloc = index(s.alloc) if s.alloc >= 0 else -1
-                need = moment(s.need) if s.need >= 0 else -1
+                need = moment(min([s.need, *first.get(number, ())])) if s.need >= 0 else -1
                 storages.append(replace(s, alloc=alloc, release=moment(s.release), need=need, free=moment(s.free)))
         saved = tuple(
-            replace(t, packed_at=moment(t.packed_at), unpacked_at=tuple(moment(u) for u in t.unpacked_at))
-            for t in trace.saved
+            replace(
+                t,
+                packed_at=moment(t.packed_at),
+                unpacked_at=tuple(moment(u) for u in sorted({*self.asked.get(i, ()), *t.unpacked_at})),
+            )
+            for i, t in enumerate(trace.saved)
         )
         modules = tuple(
             replace(

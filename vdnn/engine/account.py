@@ -22,6 +22,8 @@ class EngineReport:
     prefetched_storages: int
     fetched_storages: int
     returned_bytes: int
+    dropped_storages: int
+    dropped_bytes: int
     host_full: int
     host_used_bytes: int
     host_peak_bytes: int
@@ -41,6 +43,11 @@ class EngineReport:
             f"  host memory        {format_bytes(self.host_peak_bytes)} at most, "
             f"{format_bytes(self.host_reserved_bytes)} reserved, {format_bytes(self.host_used_bytes)} in use now",
         ]
+        if self.dropped_storages:
+            lines.append(
+                f"  computed again     {self.dropped_storages // passes} storages, "
+                f"{format_bytes(self.dropped_bytes // passes)} a pass"
+            )
         if self.host_full:
             lines.append(f"  stayed on device   {self.host_full} storages, because the host budget was spent")
         if self.mismatches:

@@ -18,8 +18,9 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
-__all__ = ["Buffer", "Device", "Event", "HostBlock", "Stream", "byte_view"]
+__all__ = ["Buffer", "Device", "Event", "HostBlock", "Stream", "byte_view", "is_plain"]
 
 Stream = Any
 Event = Any
@@ -116,3 +117,9 @@ def byte_view(tensor: torch.Tensor, first: int, nbytes: int) -> torch.Tensor:
     """Bytes [first, first + nbytes) of the tensor's storage, as a flat uint8 tensor that shares them."""
     empty = torch.empty(0, dtype=torch.uint8, device=tensor.device)
     return empty.set_(tensor.untyped_storage(), first, (nbytes,), (1,))
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether the tensor is bytes in a storage and nothing else: no subclass, not sparse, not without data."""
+    kind = type(tensor)
+    return (kind is torch.Tensor or kind is nn.Parameter) and tensor.layout is torch.strided

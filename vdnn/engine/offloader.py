@@ -19,16 +19,17 @@ import torch
 from torch import nn
 
 from vdnn.calls import Frame
-from vdnn.engine.device import Device
+from vdnn.engine.device import Device, is_plain
 from vdnn.engine.lifecycle import State
 from vdnn.engine.packed import Kept, Marked, Offloaded, keep, restore_kept
-from vdnn.engine.passes import Pass, extent
+from vdnn.engine.passes import Pass
+from vdnn.engine.recomputed import RecomputedStorage
 from vdnn.engine.schedule import NOTHING, Schedule, Slot
-from vdnn.engine.storage import SavedStorage
+from vdnn.engine.storage import SavedStorage, extent
 from vdnn.errors import DeviceOutOfMemory
-from vdnn.values.plan import Offload
+from vdnn.values.plan import Offload, Recompute
 
-__all__ = ["Counts", "Offloader", "is_plain", "storage_keys"]
+__all__ = ["Counts", "Offloader", "storage_keys"]
 
 _OUT_OF_MEMORY = (torch.OutOfMemoryError, DeviceOutOfMemory)
 _MOST_MISMATCHES = 100
@@ -50,15 +51,12 @@ class Counts:
     prefetched_storages: int = 0
     fetched_storages: int = 0
     returned_bytes: int = 0
+    dropped_storages: int = 0
+    dropped_bytes: int = 0
+    recomputed_storages: int = 0
     host_full: int = 0
     no_room: int = 0
     mismatches: list[str] = field(default_factory=list)
-
-
-def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether the tensor is bytes in a storage and nothing else: no subclass, not sparse, not without data."""
-    kind = type(tensor)
-    return (kind is torch.Tensor or kind is nn.Parameter) and tensor.layout is torch.strided
 
 
 def storage_keys(model: nn.Module) -> set[int]:
@@ -111,6 +109,10 @@ class Offloader:
         self.counts.packs += frame.packs
         if frame.slot.release:
             self._release(here, frame.slot.release)
+        if frame.slot.links:
+            with self._lock:
+                for entry, last in frame.slot.links:
+                    here.chain(entry).link(frame.module, frame.args, frame.output, last)
 
     def _run(self, frame: Frame) -> None:
         self._frame, self._slots = frame, frame.slot.slots
@@ -119,6 +121,7 @@ class Offloader:
         """The forward of a pass is over; its backward finds the pass through what autograd holds."""
         if self.current is not None:
             self.counts.packs += self.current.outside.packs
+            self.current.chains.clear()
         self.current = self._frame = None
 
     # -- pack --------------------------------------------------------------------------------------
@@ -150,19 +153,24 @@ class Offloader:
             packed = Marked(tensor, here, slot)
         else:
             packed = keep(tensor)
-        if slot is not None and slot.release:
-            self._release(here, slot.release)
+        if slot is not None:
+            for entry in slot.source_of:
+                here.chain(entry).begins_with(packed, tensor)
+            if slot.release:
+                self._release(here, slot.release)
         return packed
 
-    def _choose(self, here: Pass, frame: Frame, tensor: torch.Tensor, slot: Slot | None) -> SavedStorage | None:
-        """The copy that stands for the tensor, started if need be; None where the tensor stays."""
-        action: Offload | None = None
+    def _choose(
+        self, here: Pass, frame: Frame, tensor: torch.Tensor, slot: Slot | None
+    ) -> SavedStorage | RecomputedStorage | None:
+        """What stands for the tensor, its copy started if need be; None where the tensor stays."""
+        action: Offload | Recompute | None = None
         if slot is not None and slot.action is not None:
             mismatch = slot.mismatch(tensor)
             if mismatch:
                 if len(self.counts.mismatches) < _MOST_MISMATCHES:
                     self.counts.mismatches.append(mismatch)
-            elif isinstance(slot.action, Offload):
+            elif isinstance(slot.action, Offload | Recompute):
                 action = slot.action
             else:
                 return None
@@ -174,6 +182,9 @@ class Offloader:
         nbytes = storage.nbytes()
         if nbytes == 0 or tensor.numel() == 0 or storage._cdata in self.fixed or self._belongs(frame, storage):
             return None
+        if isinstance(action, Recompute):
+            assert slot is not None
+            return self._computed_again(here, slot, tensor)
         if action is not None:
             assert slot is not None
             whole, entry = action.whole, slot.entry
@@ -183,6 +194,22 @@ class Offloader:
                 return None
             whole, entry = 2 * tensor.nbytes >= nbytes or 2 * extent(tensor)[1] >= nbytes, -1
         return self._copy(here, tensor, storage, (0, nbytes) if whole else extent(tensor), entry)
+
+    def _computed_again(self, here: Pass, slot: Slot, tensor: torch.Tensor) -> RecomputedStorage | None:
+        """What stands for a storage that its modules make again; None where they turned out not to."""
+        run = here.chain(slot.entry)
+        with self._lock:
+            if run.broken:
+                if len(self.counts.mismatches) < _MOST_MISMATCHES:
+                    self.counts.mismatches.append(f"{slot.name} is not computed again: {run.broken}")
+                return None
+            known = run.stands_for(tensor)
+            if known is None and run.may_stand_for(tensor):
+                known = run.stand_in(RecomputedStorage(self.device, tensor))
+                self.counts.saved_storages += 1
+                self.counts.dropped_storages += 1
+                self.counts.dropped_bytes += known.nbytes
+            return known
 
     @staticmethod
     def _belongs(frame: Frame, storage: torch.UntypedStorage) -> bool:
@@ -246,7 +273,12 @@ class Offloader:
         with self._lock:
             slot = packed.slot
             if isinstance(packed, Offloaded):
-                self._fetch(packed.owner, packed.storage)
+                storage = packed.storage
+                if isinstance(storage, SavedStorage):
+                    self._fetch(packed.owner, storage)
+                elif storage.dropped:
+                    storage.make(self.unpack)
+                    self.counts.recomputed_storages += 1
             if slot is not None:
                 if slot.prefetch:
                     for saved in packed.owner.of_entries(slot.prefetch):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from vdnn.engine.recomputed import RecomputedStorage
 from vdnn.engine.schedule import Slot
 from vdnn.engine.storage import SavedStorage
 
@@ -64,7 +65,9 @@ class Offloaded:
 
     __slots__ = ("bits", "dtype", "offset_bytes", "owner", "shape", "slot", "storage", "stride", "version")
 
-    def __init__(self, tensor: torch.Tensor, storage: SavedStorage, owner: Pass, slot: Slot | None) -> None:
+    def __init__(
+        self, tensor: torch.Tensor, storage: SavedStorage | RecomputedStorage, owner: Pass, slot: Slot | None
+    ) -> None:
         self.storage = storage
         self.owner = owner
         self.slot = slot

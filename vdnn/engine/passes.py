@@ -13,13 +13,12 @@ import torch
 from torch import nn
 
 from vdnn.calls import Frame
+from vdnn.engine.recomputed import ChainRun
 from vdnn.engine.schedule import NOTHING, Schedule
-from vdnn.engine.storage import SavedStorage
+from vdnn.engine.storage import SavedStorage, same_counter
 from vdnn.values.plan import OUTSIDE
 
-__all__ = ["Pass", "extent", "same_counter"]
-
-_set_version = torch._C._autograd._unsafe_set_version_counter
+__all__ = ["Pass"]
 
 _NOWHERE = nn.Module()  # stands for the module of what is packed outside every module of the model
 # One copy of a storage: whose bytes, at which version, which of them, and the copy.
@@ -36,6 +35,7 @@ class Pass:
         "_inflight",
         "_inflight_bytes",
         "ahead_bytes",
+        "chains",
         "next_ahead",
         "order",
         "outside",
@@ -50,10 +50,18 @@ class Pass:
         # packs outside every module of the model
         self.outside = Frame(_NOWHERE, OUTSIDE, 0, None)
         self.outside.slot = schedule.calls.get((OUTSIDE, 0), NOTHING)
+        self.chains: dict[int, ChainRun] = {}  # by plan entry, while forward runs
         self._entries: dict[int, list[weakref.ref[SavedStorage]]] = {}
         self._copies: dict[int, list[_Copy]] = {}
         self._inflight: deque[tuple[int, weakref.ref[SavedStorage]]] = deque()
         self._inflight_bytes = 0
+
+    def chain(self, entry: int) -> ChainRun:
+        """The module calls that a plan entry is computed again by."""
+        run = self.chains.get(entry)
+        if run is None:
+            run = self.chains[entry] = ChainRun()
+        return run
 
     def copy_of(
         self, tensor: torch.Tensor, storage: torch.UntypedStorage, first: int, nbytes: int
@@ -107,26 +115,3 @@ class Pass:
                 if saved is not None:
                     found.append(saved)
         return found
-
-
-def same_counter(one: torch.Tensor, other: torch.Tensor, version: int) -> bool:
-    """Whether two tensors at this version have one version counter, so that a change through either is seen in both.
-
-    Tensors of one storage need not: those that `unsafe_chunk` gives (LSTM and GRU cells change them in place) and
-    those of `.data` count for themselves. There is no asking, so it is tried out.
-    """
-    _set_version((one,), (version + 1,))
-    try:
-        return other._version == version + 1
-    finally:
-        _set_version((one,), (version,))
-
-
-def extent(tensor: torch.Tensor) -> tuple[int, int]:
-    """First byte and number of bytes that the tensor spans in its storage."""
-    size = tensor.element_size()
-    first = int(tensor.storage_offset()) * size
-    if tensor.is_contiguous():
-        return first, tensor.nbytes
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return first, (int(last) + 1) * size

@@ -13,19 +13,23 @@ from dataclasses import dataclass, field
 import torch
 
 from vdnn.errors import EngineError, PlanMismatchError
-from vdnn.values.plan import Action, Offload, Plan, Point, Recompute, SavedName
+from vdnn.values.plan import Action, Keep, Offload, Plan, Point, Recompute, SavedName
 
 __all__ = ["NOTHING", "CallSchedule", "Rule", "Schedule", "Slot"]
 
 
 @dataclass(slots=True)
 class Slot:
-    """One pack of one module call: `entry` is its plan entry, or -1 for a tensor that only marks a point."""
+    """One pack of one module call: `entry` is its plan entry, or -1 for a tensor that only marks a point.
+
+    `source_of` are the entries that are computed again from this tensor.
+    """
 
     entry: int = -1
     name: SavedName | None = None
     dtype: torch.dtype | None = None
     action: Action | None = None
+    source_of: list[int] = field(default_factory=list)
     release: list[int] = field(default_factory=list)
     prefetch: list[int] = field(default_factory=list)
     arrive: list[int] = field(default_factory=list)
@@ -48,10 +52,14 @@ class Slot:
 
 @dataclass(slots=True)
 class CallSchedule:
-    """One module call: its slots by pack number, and the entries released when it returns."""
+    """One module call: its slots by pack number, and the entries released when it returns.
+
+    `links` are the entries that this call helps to compute again, and whether it is the last to do so.
+    """
 
     slots: dict[int, Slot] = field(default_factory=dict)
     release: list[int] = field(default_factory=list)
+    links: list[tuple[int, bool]] = field(default_factory=list)
 
 
 NOTHING = CallSchedule()  # of a call that the plan does not know
@@ -79,7 +87,7 @@ class Schedule:
 
     Raises:
         PlanMismatchError: a point of the plan names nothing that can be observed.
-        EngineError: the plan computes single feature maps again.
+        EngineError: the plan computes feature maps again and does not say by which modules.
     """
 
     def __init__(self, plan: Plan | None, rule: Rule | None = None) -> None:
@@ -92,13 +100,13 @@ class Schedule:
         self.calls: dict[tuple[str, int], CallSchedule] = {}
         self.modules = {name.module for entry in plan.entries for name in entry.saved} if plan else set()
         actions = [entry.action for entry in plan.entries] if plan else []
-        if any(isinstance(action, Recompute) for action in actions):
+        if any(isinstance(action, Recompute) and not action.through for action in actions):
             assert plan is not None
             raise EngineError(
-                f"the plan of {plan.policy} computes single feature maps again, which only the simulator does: use the "
-                "policy checkpoint or checkpoint-offload, which recompute by block"
+                f"the plan of {plan.policy} computes feature maps again that no module alone makes, which only the "
+                "simulator does: use the policy checkpoint or checkpoint-offload, which recompute by block"
             )
-        self.idle = not rule.offload and not any(isinstance(action, Offload) for action in actions)
+        self.idle = not rule.offload and all(isinstance(action, Keep) for action in actions)
         if plan is None:
             return
         for index, entry in enumerate(plan.entries):
@@ -109,9 +117,13 @@ class Schedule:
         for index, action in enumerate(actions):
             if isinstance(action, Offload):
                 self._lay_out(index, action)
+            elif isinstance(action, Recompute):
+                self._lay_out_again(index, action)
         if not rule.offload:
             for call in self.calls.values():
-                call.slots = {n: s for n, s in call.slots.items() if s.marks or isinstance(s.action, Offload)}
+                call.slots = {
+                    n: s for n, s in call.slots.items() if s.marks or s.source_of or not isinstance(s.action, Keep)
+                }
 
     def _lay_out(self, index: int, action: Offload) -> None:
         point = Point.parse(action.release_at)
@@ -124,6 +136,15 @@ class Schedule:
             self._at_unpack(action.prefetch_at).prefetch.append(index)
         if action.wait_at:
             self._at_unpack(action.wait_at).arrive.append(index)
+
+    def _lay_out_again(self, index: int, action: Recompute) -> None:
+        source = Point.parse(f"pack {action.source}")
+        self._slot(source.module, source.call, source.index).source_of.append(index)
+        for place, text in enumerate(action.through):
+            call = Point.parse(f"end {text}")
+            self.modules.add(call.module)
+            last = place == len(action.through) - 1
+            self.calls.setdefault((call.module, call.call), CallSchedule()).links.append((index, last))
 
     def _slot(self, module: str, call: int, index: int) -> Slot:
         return self.calls.setdefault((module, call), CallSchedule()).slots.setdefault(index, Slot())

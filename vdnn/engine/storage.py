@@ -17,7 +17,9 @@ import torch
 from vdnn.engine.device import Buffer, Device, Event, HostBlock, Stream
 from vdnn.engine.lifecycle import State, move
 
-__all__ = ["SavedStorage"]
+__all__ = ["SavedStorage", "extent", "nothing_on", "same_counter", "typed"]
+
+_set_version = torch._C._autograd._unsafe_set_version_counter
 
 _NOTHING: dict[torch.device, torch.Tensor] = {}  # a tensor without bytes for each device
 
@@ -51,10 +53,7 @@ class SavedStorage:
         self.state = State.RESIDENT
         # An alias of the source whose data was emptied: it keeps the version counter, and holds no memory.
         self.probe = source.detach()
-        nothing = _NOTHING.get(source.device)
-        if nothing is None:
-            nothing = _NOTHING[source.device] = torch.empty(0, device=source.device)
-        self.probe.data = nothing
+        self.probe.data = nothing_on(source.device)
         self._device = device
         self._block: HostBlock | None = None
         self._buffer: Buffer | None = device.adopt(source, first, nbytes)
@@ -153,7 +152,7 @@ class SavedStorage:
         if view is None:
             self._version = flat._version
         if view is None or view.dtype is not dtype:
-            self._view = view = _typed(flat, dtype)
+            self._view = view = typed(flat, dtype)
         return view, self._begin, flat._version - self._version
 
     def __del__(self) -> None:
@@ -175,9 +174,40 @@ class SavedStorage:
             device.give_back(block, self._back)
 
 
-def _typed(flat: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def nothing_on(device: torch.device) -> torch.Tensor:
+    """A tensor without bytes, the same one for each device."""
+    nothing = _NOTHING.get(device)
+    if nothing is None:
+        nothing = _NOTHING[device] = torch.empty(0, device=device)
+    return nothing
+
+
+def typed(flat: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The flat bytes read as another dtype, with the same version counter wherever whole elements fill them."""
     size = dtype.itemsize
     if flat.numel() % size == 0 and flat.storage_offset() % size == 0:
         return flat.view(dtype)
     return torch.empty(0, dtype=dtype, device=flat.device).set_(flat.untyped_storage())
+
+
+def same_counter(one: torch.Tensor, other: torch.Tensor, version: int) -> bool:
+    """Whether two tensors at this version have one version counter, so that a change through either is seen in both.
+
+    Tensors of one storage need not: those that `unsafe_chunk` gives (LSTM and GRU cells change them in place) and
+    those of `.data` count for themselves. There is no asking, so it is tried out.
+    """
+    _set_version((one,), (version + 1,))
+    try:
+        return other._version == version + 1
+    finally:
+        _set_version((one,), (version,))
+
+
+def extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """First byte and number of bytes that the tensor spans in its storage."""
+    size = tensor.element_size()
+    first = int(tensor.storage_offset()) * size
+    if tensor.is_contiguous():
+        return first, tensor.nbytes
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return first, (int(last) + 1) * size

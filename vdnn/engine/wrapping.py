@@ -23,8 +23,8 @@ from torch.utils.hooks import RemovableHandle
 
 from vdnn.calls import Frame, Hook, ModuleCalls
 from vdnn.engine.account import EngineReport
-from vdnn.engine.device import Device
-from vdnn.engine.offloader import Offloader, is_plain, storage_keys
+from vdnn.engine.device import Device, is_plain
+from vdnn.engine.offloader import Offloader, storage_keys
 from vdnn.engine.schedule import Rule, Schedule
 from vdnn.errors import EngineError
 
@@ -101,6 +101,8 @@ class Engine:
             prefetched_storages=counts.prefetched_storages,
             fetched_storages=counts.fetched_storages,
             returned_bytes=counts.returned_bytes,
+            dropped_storages=counts.dropped_storages,
+            dropped_bytes=counts.dropped_bytes,
             host_full=counts.host_full,
             host_used_bytes=used,
             host_peak_bytes=peak,

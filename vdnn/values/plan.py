@@ -97,10 +97,14 @@ class Offload:
 class Recompute:
     """The storage is dropped when forward lets go of it, and computed again when backward asks; `why` says the reason.
 
-    The simulator runs such plans. The engine does not: it recomputes by block, with the policy `checkpoint`.
+    `through` are the module calls that make it, "M#C" in their order, each from what the one before gives; the first
+    takes the saved tensor `source`, "M#C/N". Without them it is made by whichever ops made it, which the simulator
+    does and the engine does not.
     """
 
     why: str = ""
+    through: tuple[str, ...] = ()
+    source: str = ""
     action: Literal["recompute"] = "recompute"
 
 
@@ -185,6 +189,14 @@ class Plan:
                 for text in (action.prefetch_at, action.wait_at):
                     if text and Point.parse(text).kind != "unpack":
                         raise FormatError(f"{entry.saved[0]}: {text!r} is not in backward")
+            if isinstance(entry.action, Recompute):
+                again = entry.action
+                if bool(again.through) is not bool(again.source):
+                    raise FormatError(f"{entry.saved[0]}: `through` and `source` say together how it is computed again")
+                for text in again.through:
+                    Point.parse(f"end {text}")
+                if again.source and Point.parse(f"pack {again.source}").kind != "pack":
+                    raise FormatError(f"{entry.saved[0]}: source {again.source!r} is no saved tensor")
         if self.min_bytes < 0 or self.max_inflight_bytes < 0:
             raise FormatError("min_bytes and max_inflight_bytes must not be negative")
 

@@ -1,0 +1,186 @@
+"""Which saved storages their own modules can make again, and from what.
+
+    chains(trace)[storage]    the calls of cheap modules that make it, one after the other, and the saved tensor
+                              that the first of them takes
+
+Cheap is a module that, with all modules inside it, only normalises, activates, pools or resamples: its output costs a
+pass over memory, its input is saved anyway. A batch norm and the ReLU in place behind it are a chain of two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vdnn.errors import PlanMismatchError
+from vdnn.moments import Points
+from vdnn.values.plan import Plan, Point, Recompute
+from vdnn.values.trace import Trace
+
+__all__ = ["RANDOM", "Chain", "action_of", "chains", "makers", "planned_chains"]
+
+# Words in the names of ops that draw random numbers.
+RANDOM = ("dropout", "bernoulli", "rand", "normal_", "multinomial", "uniform_", "exponential_")
+
+_CHEAP = ("norm", "elementwise", "pool", "reduce", "copy", "view", "other")
+_LONGEST = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Module calls, their forward ops in order, and the saved tensor they start from; all as indexes in the trace."""
+
+    calls: tuple[int, ...]
+    ops: tuple[int, ...]
+    source: int
+
+
+def makers(trace: Trace) -> dict[int, list[int]]:
+    """For each storage the forward ops that write it, in order."""
+    found: dict[int, list[int]] = {}
+    for i, op in enumerate(trace.ops[: trace.forward_end]):
+        for s in op.writes:
+            found.setdefault(s, []).append(i)
+    return found
+
+
+def chains(trace: Trace) -> dict[int, Chain]:
+    """The chain of every saved storage that has one."""
+    looked = _Looking(trace)
+    found = {}
+    for storage in sorted({t.storage for t in trace.saved}):
+        chain = looked.chain_of(storage)
+        if chain is not None:
+            found[storage] = chain
+    return found
+
+
+def action_of(points: Points, chain: Chain, why: str = "") -> Recompute:
+    """The plan's action for a storage with this chain."""
+    calls = tuple(f"{points.trace.modules[c].fqn}#{points.trace.modules[c].call}" for c in chain.calls)
+    return Recompute(why, calls, str(points.names[chain.source]))
+
+
+def planned_chains(plan: Plan, points: Points) -> dict[int, Chain]:
+    """The chains that a plan names, by storage.
+
+    Raises:
+        PlanMismatchError: a call or a saved tensor that the trace does not have.
+    """
+    trace = points.trace
+    own = _ops_of_calls(trace)
+    found = {}
+    for entry in plan.entries:
+        action = entry.action
+        if isinstance(action, Recompute) and action.through:
+            calls = tuple(points.call(f"end {text}") for text in action.through)
+            ops = tuple(sorted(op for call in calls for op in own[call]))
+            source = Point.parse(f"pack {action.source}")
+            number = points.saved_at(source.module, source.call, source.index)
+            if number is None:
+                raise PlanMismatchError(
+                    f"the plan computes {entry.saved[0]} again from {action.source}, which {trace.model} does not pack"
+                )
+            found[trace.saved[points.find(entry.saved[0])].storage] = Chain(calls, ops, number)
+    return found
+
+
+def _ops_of_calls(trace: Trace) -> list[list[int]]:
+    """For each module call its forward ops and those of the calls inside it."""
+    own: list[list[int]] = [[] for _ in trace.modules]
+    for i, op in enumerate(trace.ops[: trace.forward_end]):
+        call = op.module
+        while call >= 0:
+            own[call].append(i)
+            call = trace.modules[call].parent
+    return own
+
+
+class _Looking:
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self.made = makers(trace)
+        self.own = _ops_of_calls(trace)
+        self.packed: dict[int, list[int]] = {}  # module call → saved tensors packed in it
+        for i, t in enumerate(trace.saved):
+            call = t.module
+            while call >= 0:
+                self.packed.setdefault(call, []).append(i)
+                call = trace.modules[call].parent
+        self.readers: dict[int, set[int]] = {}  # storage → forward ops that read it
+        for i, op in enumerate(trace.ops[: trace.forward_end]):
+            for s in op.reads:
+                self.readers.setdefault(s, set()).add(i)
+        self.last_write: dict[int, int] = {}
+        for i, op in enumerate(trace.ops):
+            for s in op.writes:
+                self.last_write[s] = i
+
+    def chain_of(self, storage: int) -> Chain | None:
+        """The shortest chain that makes a storage and starts from a saved tensor; None if there is none."""
+        trace, s = self.trace, self.trace.storages[storage]
+        ops = self.made.get(storage)
+        if s.category != "activation" or s.held or s.need < 0 or s.release >= s.need or not ops:
+            return None
+        calls = self._outermost({trace.ops[i].module for i in ops})
+        if calls[0] < 0 or self.readers.get(storage, set()) <= {i for call in calls for i in self.own[call]}:
+            return None  # no module's output, but something beside it: a norm's statistics, a pool's indices
+        while len(calls) <= _LONGEST:
+            if not all(self._cheap(call) for call in calls):
+                return None
+            inside = [i for call in calls for i in self.own[call]]
+            if inside != sorted(inside) or any(i not in inside for i in ops):
+                return None
+            outer = self._taken(inside)
+            source = self._source(calls[0], outer, storage, inside)
+            if source is not None:
+                return Chain(tuple(calls), tuple(inside), source)
+            before = {trace.ops[i].module for taken in outer for i in self.made.get(taken, ())}
+            if len(outer) != 1 or len(before) != 1 or min(before) < 0 or min(before) >= calls[0]:
+                return None
+            calls = self._outermost({*calls, *before})
+        return None
+
+    def _outermost(self, calls: set[int]) -> list[int]:
+        """The calls without those that are inside another of them."""
+
+        def inside(call: int) -> bool:
+            call = self.trace.modules[call].parent if call >= 0 else -1
+            return call >= 0 and (call in calls or inside(call))
+
+        return sorted(call for call in calls if not inside(call))
+
+    def _cheap(self, call: int) -> bool:
+        if call < 0 or not self.own[call]:
+            return False
+        ops = [self.trace.ops[i] for i in self.own[call]]
+        return all(op.kernel in _CHEAP and not any(word in op.name for word in RANDOM) for op in ops)
+
+    def _taken(self, inside: Sequence[int]) -> set[int]:
+        """What the ops read that they do not make themselves, weights and buffers aside."""
+        made: set[int] = set()
+        taken: set[int] = set()
+        for i in inside:
+            op = self.trace.ops[i]
+            for s in op.reads:
+                fixed = self.trace.storages[s].category in ("parameter", "buffer")
+                if s not in made and not fixed and (s not in op.writes or self.trace.storages[s].alloc < i):
+                    taken.add(s)
+            made.update(op.writes)
+        return taken
+
+    def _source(self, first: int, outer: set[int], storage: int, inside: Sequence[int]) -> int | None:
+        """The saved tensor from which the first call starts, if it is all that the ops take."""
+        trace = self.trace
+        if len(outer) != 1:
+            return None
+        taken = next(iter(outer))
+        s = trace.storages[taken]
+        if taken == storage or self.last_write.get(taken, -1) >= inside[0]:
+            return None
+        need = trace.storages[storage].need
+        for i in self.packed.get(first, ()):
+            t = trace.saved[i]
+            if t.storage == taken and t.unpacked_at and s.alloc <= need < s.free:
+                return i
+        return None

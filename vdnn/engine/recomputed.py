@@ -1,0 +1,307 @@
+"""Saved storages that are dropped after forward and computed again by their modules when backward asks.
+
+    forward   source packed      the first module's input, which autograd saves too: noted
+              module calls end   each must take what the one before gave; after the last one the storage is dropped
+    backward  first unpack       the source is unpacked, the modules run once more under no_grad, as they were
+
+Nothing is dropped before everything was checked: an input, an output or a module that is not as the plan says leaves
+the storage where it is. Modules run with the parameters they had, on copies of their buffers (statistics are updated
+once), in the mode and under the autocast they ran in. Same kernels on the same bytes give the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from vdnn.engine.device import Buffer, Device, Event, Stream, byte_view, is_plain
+from vdnn.engine.storage import extent, nothing_on, same_counter, typed
+
+__all__ = ["ChainRun", "RecomputedStorage", "Rerun"]
+
+
+class _Layout:
+    """Where a tensor lies in its storage, and as what."""
+
+    __slots__ = ("dtype", "first", "nbytes", "offset", "shape", "storage", "stride", "version")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.storage = tensor.untyped_storage()._cdata
+        self.shape = tensor.shape
+        self.stride = tensor.stride()
+        self.offset = tensor.storage_offset()
+        self.dtype = tensor.dtype
+        self.version = tensor._version
+        self.first, self.nbytes = extent(tensor)
+
+    def holds(self, other: _Layout) -> bool:
+        """Whether the other's bytes are among these, both being there now."""
+        return (
+            (self.storage, self.version, self.dtype) == (other.storage, other.version, other.dtype)
+            and self.first <= other.first
+            and other.first + other.nbytes <= self.first + self.nbytes
+        )
+
+    def of(self, tensor: torch.Tensor, outer: _Layout) -> torch.Tensor:
+        """This view of a tensor that lies as `outer` did."""
+        return tensor.as_strided(self.shape, self.stride, int(tensor.storage_offset()) + self.offset - outer.offset)
+
+    def same_form(self, other: _Layout) -> bool:
+        return (self.shape, self.stride, self.offset, self.dtype) == (
+            other.shape,
+            other.stride,
+            other.offset,
+            other.dtype,
+        )
+
+
+class Rerun:
+    """One module call, to be made again."""
+
+    __slots__ = ("autocast", "module", "parts", "versions")
+
+    def __init__(self, module: nn.Module, device: str) -> None:
+        self.module = module
+        self.parts = [(m, dict(m._parameters), dict(m._buffers), m.training) for m in module.modules()]
+        self.versions = [p._version for p in self._parameters()]
+        self.autocast = (
+            device,
+            torch.is_autocast_enabled(device),
+            torch.get_autocast_dtype(device),
+            torch.is_autocast_cache_enabled(),
+        )
+
+    def __call__(self, given: torch.Tensor) -> torch.Tensor:
+        for parameter, version in zip(self._parameters(), self.versions, strict=True):
+            if parameter._version != version:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                    f"a parameter {list(parameter.shape)} of a {type(self.module).__name__}, with which a feature map "
+                    f"is computed again, is at version {parameter._version}; expected version {version} instead"
+                )
+        device, enabled, dtype, cache = self.autocast
+        with (
+            torch.no_grad(),
+            torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache),
+            self._as_it_was(),
+        ):
+            found: torch.Tensor = self.module.forward(given)
+            return found
+
+    def _parameters(self) -> list[torch.Tensor]:
+        return [p for _, parameters, _, _ in self.parts for p in parameters.values() if p is not None]
+
+    @contextlib.contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        now = [
+            {name: m.__dict__[name] for name in ("_parameters", "_buffers", "training")} for m, _, _, _ in self.parts
+        ]
+        try:
+            for module, parameters, buffers, training in self.parts:
+                copies = {name: None if buffer is None else buffer.clone() for name, buffer in buffers.items()}
+                module.__dict__.update(_parameters=dict(parameters), _buffers=copies, training=training)
+            yield
+        finally:
+            for (module, _, _, _), before in zip(self.parts, now, strict=True):
+                module.__dict__.update(before)
+
+
+class ChainRun:
+    """The module calls of one plan entry while forward runs: whether each takes what the one before gave."""
+
+    __slots__ = ("broken", "done", "given", "last", "layout", "links", "out", "source", "storage", "taken")
+
+    def __init__(self) -> None:
+        self.source: Any = None  # what the pack hook gave autograd for the first module's input
+        self.taken: _Layout | None = None
+        self.given: _Layout | None = None
+        self.links: list[Rerun] = []
+        self.last: weakref.ref[torch.Tensor] | None = None
+        self.out: weakref.ref[torch.UntypedStorage] | None = None
+        self.layout: _Layout | None = None
+        self.storage: weakref.ref[RecomputedStorage] | None = None  # made at its first pack
+        self.done = False
+        self.broken = ""
+
+    def begins_with(self, packed: Any, tensor: torch.Tensor) -> None:
+        """The first module's input was packed."""
+        self.source, self.taken = packed, _Layout(tensor)
+
+    def link(self, module: nn.Module, args: tuple[Any, ...], output: Any, last: bool) -> None:
+        """A module call of the chain is over."""
+        if not self.broken:
+            self.broken = self._wrong(module, args, output, last)
+        if self.broken:
+            self.source = None
+            self.links.clear()
+            return
+        self.links.append(Rerun(module, output.device.type))
+        self.last = weakref.ref(output)
+        if last:
+            self.done = True
+            self.layout = _Layout(output)
+            self.out = weakref.ref(output.untyped_storage())
+            storage = self.storage() if self.storage is not None else None
+            if storage is not None and storage.is_of(output):
+                storage.drop(self)
+
+    def _wrong(self, module: nn.Module, args: tuple[Any, ...], output: Any, last: bool) -> str:
+        name = type(module).__name__
+        if len(args) != 1 or not is_plain(args[0]) or not is_plain(output):
+            return f"a {name} takes or gives other than one tensor"
+        if not all(is_plain(p) for p in (*module.parameters(), *module.buffers())):
+            return f"a {name} has parameters of a kind of their own"
+        if not self.links:
+            self.given = _Layout(args[0])
+            if self.taken is None or not self.taken.holds(self.given):
+                return f"a {name} saves another tensor than its input"
+        if self.links and (self.last is None or self.last() is not args[0]):
+            return f"a {name} takes another tensor than the module before it gave"
+        if last and (output.storage_offset() or output.untyped_storage().nbytes() != output.nbytes):
+            return f"a {name} gives a view of something larger"
+        return ""
+
+    def stands_for(self, tensor: torch.Tensor) -> RecomputedStorage | None:
+        """What was given to autograd already for this storage, as it is now."""
+        known = self.storage() if self.storage is not None else None
+        if known is None or not (known.is_of(tensor) or (self._made(tensor) and known.counts_as(tensor))):
+            return None
+        return known
+
+    def may_stand_for(self, tensor: torch.Tensor) -> bool:
+        """Whether a first object for this storage may be made: the chain is not over, or ended in it."""
+        return (self.storage is None or self.storage() is None) and (not self.done or self._made(tensor))
+
+    def stand_in(self, storage: RecomputedStorage) -> RecomputedStorage:
+        """That is the object. It drops its memory at once if the chain is over."""
+        self.storage = weakref.ref(storage)
+        if self.done:
+            storage.drop(self)
+        return storage
+
+    def _made(self, tensor: torch.Tensor) -> bool:
+        """Whether the chain's last module gave this storage, as it is now."""
+        return (
+            self.done
+            and self.layout is not None
+            and self.out is not None
+            and self.out() is tensor.untyped_storage()
+            and tensor._version == self.layout.version
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Chain:
+    """How a storage is made again: what was packed of the first module's input, and where in it that input lies."""
+
+    source: Any
+    taken: _Layout
+    given: _Layout
+    links: tuple[Rerun, ...]
+    gives: _Layout
+
+
+class RecomputedStorage:
+    """One storage that is dropped and computed again. Its owner makes every call under one lock."""
+
+    __slots__ = (
+        "__weakref__",
+        "_alias",
+        "_buffer",
+        "_chain",
+        "_device",
+        "_knows",
+        "_ready",
+        "_version",
+        "_view",
+        "nbytes",
+        "probe",
+    )
+
+    def __init__(self, device: Device, source: torch.Tensor) -> None:
+        self.nbytes = source.untyped_storage().nbytes()
+        # An alias whose data was emptied: it keeps the version counter, and holds no memory.
+        self.probe = source.detach()
+        self._alias: torch.Tensor | None = source.detach()  # until the chain is known to make it again
+        self.probe.data = nothing_on(source.device)
+        self._device = device
+        self._chain: _Chain | None = None
+        self._buffer: Buffer | None = None
+        self._ready: Event | None = None
+        self._knows: Stream = None  # the stream that knows that it was computed
+        self._view: torch.Tensor | None = None
+        self._version = 0
+
+    def is_of(self, tensor: torch.Tensor) -> bool:
+        """Whether this stands for the tensor's storage as it is now; only while it was not dropped."""
+        alias = self._alias
+        return (
+            alias is not None
+            and alias.untyped_storage()._cdata == tensor.untyped_storage()._cdata
+            and same_counter(alias, tensor, alias._version)
+        )
+
+    def counts_as(self, tensor: torch.Tensor) -> bool:
+        """Whether a change of the tensor is seen in the version kept here."""
+        return same_counter(self.probe, tensor, self.probe._version)
+
+    def drop(self, run: ChainRun) -> None:
+        """Let go of the device memory: the chain makes it again."""
+        assert run.layout is not None and run.taken is not None and run.given is not None
+        self._chain = _Chain(run.source, run.taken, run.given, tuple(run.links), run.layout)
+        self._alias = self._view = None
+
+    @property
+    def dropped(self) -> bool:
+        """Whether the bytes are nowhere now."""
+        return self._alias is None and self._buffer is None
+
+    def make(self, unpack: Callable[[Any], torch.Tensor]) -> None:
+        """Compute it again.
+
+        Raises:
+            RuntimeError: what it is made from was changed in place since, or a module gives something else now.
+            torch.OutOfMemoryError, DeviceOutOfMemory: no room; it may be tried again.
+        """
+        assert self._chain is not None
+        chain = self._chain
+        tensor = chain.given.of(unpack(chain.source), chain.taken)
+        for link in chain.links:
+            tensor = link(tensor)
+        if not is_plain(tensor) or not chain.gives.same_form(_Layout(tensor)):
+            raise RuntimeError(
+                f"a feature map that is computed again comes out another way: it was {list(chain.gives.shape)} of "
+                f"{chain.gives.dtype} with strides {chain.gives.stride}; does {type(chain.links[-1].module).__name__} depend on "
+                "something outside its input? Keep that layer, or plan without recomputation"
+            )
+        self._buffer = self._device.adopt(tensor, 0, self.nbytes)
+        self._ready = self._device.record(self._buffer.stream)
+        self._knows = self._buffer.stream
+
+    def fetch(self, dtype: torch.dtype) -> tuple[torch.Tensor, int, int]:
+        """A flat tensor of that dtype over the bytes; where byte 0 is; how often they were changed since."""
+        if self._buffer is None:
+            assert self._alias is not None
+            flat = byte_view(self._alias, 0, self.nbytes)
+            return typed(flat, dtype), 0, 0
+        current = self._device.current_stream()
+        if current != self._knows:
+            self._device.wait(current, self._ready)
+            self._knows = current
+        flat = self._device.use(self._buffer)
+        if self._view is None:
+            self._version = flat._version
+        if self._view is None or self._view.dtype is not dtype:
+            self._view = typed(flat, dtype)
+        return self._view, 0, flat._version - self._version
+
+    def __del__(self) -> None:
+        buffer = getattr(self, "_buffer", None)
+        if buffer is not None:
+            self._device.drop(buffer)
