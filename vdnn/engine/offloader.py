@@ -168,8 +168,7 @@ class Offloader:
         if slot is not None and slot.action is not None:
             mismatch = slot.mismatch(tensor)
             if mismatch:
-                if len(self.counts.mismatches) < _MOST_MISMATCHES:
-                    self.counts.mismatches.append(mismatch)
+                self._mismatch(mismatch)
             elif isinstance(slot.action, Offload | Recompute):
                 action = slot.action
             else:
@@ -199,17 +198,20 @@ class Offloader:
         """What stands for a storage that its modules make again; None where they turned out not to."""
         run = here.chain(slot.entry)
         with self._lock:
-            if run.broken:
-                if len(self.counts.mismatches) < _MOST_MISMATCHES:
-                    self.counts.mismatches.append(f"{slot.name} is not computed again: {run.broken}")
-                return None
-            known = run.stands_for(tensor)
-            if known is None and run.may_stand_for(tensor):
+            known = None if run.broken else run.stands_for(tensor)
+            if known is None and not run.broken and run.may_stand_for(tensor):
                 known = run.stand_in(RecomputedStorage(self.device, tensor))
                 self.counts.saved_storages += 1
                 self.counts.dropped_storages += 1
                 self.counts.dropped_bytes += known.nbytes
+            if known is None:
+                why = run.broken or "its modules gave another tensor, or this one was changed since"
+                self._mismatch(f"{slot.name} is not computed again: {why}")
             return known
+
+    def _mismatch(self, text: str) -> None:
+        if len(self.counts.mismatches) < _MOST_MISMATCHES:
+            self.counts.mismatches.append(text)
 
     @staticmethod
     def _belongs(frame: Frame, storage: torch.UntypedStorage) -> bool:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vdnn.calls import Hook
 from vdnn.engine.device import Buffer, Device, Event, Stream, byte_view, is_plain
 from vdnn.engine.storage import extent, nothing_on, same_counter, typed
 
@@ -157,6 +158,8 @@ class ChainRun:
             return f"a {name} takes or gives other than one tensor"
         if not all(is_plain(p) for p in (*module.parameters(), *module.buffers())):
             return f"a {name} has parameters of a kind of their own"
+        if any(not isinstance(hook, Hook) for hook in module._forward_hooks.values()):
+            return f"a {name} has forward hooks, which may change what it gives"
         if not self.links:
             self.given = _Layout(args[0])
             if self.taken is None or not self.taken.holds(self.given):
@@ -253,9 +256,11 @@ class RecomputedStorage:
 
     def drop(self, run: ChainRun) -> None:
         """Let go of the device memory: the chain makes it again."""
-        assert run.layout is not None and run.taken is not None and run.given is not None
+        assert run.layout is not None
+        assert run.taken is not None
+        assert run.given is not None
         self._chain = _Chain(run.source, run.taken, run.given, tuple(run.links), run.layout)
-        self._alias = self._view = None
+        self._alias = None
 
     @property
     def dropped(self) -> bool:
@@ -276,9 +281,9 @@ class RecomputedStorage:
             tensor = link(tensor)
         if not is_plain(tensor) or not chain.gives.same_form(_Layout(tensor)):
             raise RuntimeError(
-                f"a feature map that is computed again comes out another way: it was {list(chain.gives.shape)} of "
-                f"{chain.gives.dtype} with strides {chain.gives.stride}; does {type(chain.links[-1].module).__name__} depend on "
-                "something outside its input? Keep that layer, or plan without recomputation"
+                f"a feature map that {type(chain.links[-1].module).__name__} computes again comes out another way than "
+                f"{list(chain.gives.shape)} of {chain.gives.dtype} with strides {chain.gives.stride}. If the module "
+                "depends on more than its input, plan without recomputation"
             )
         self._buffer = self._device.adopt(tensor, 0, self.nbytes)
         self._ready = self._device.record(self._buffer.stream)

@@ -19,7 +19,17 @@ BATCH = 2
 LARGE = 150_000_000
 
 # Smallest images that the network takes; 32 pixels are enough for the others.
-SIZES = {"alexnet": 64, "inception_v3": 299, "maxvit_t": 224, "vit_h_14": 56, "squeezenet1_0": 64, "squeezenet1_1": 64}
+SIZES = {
+    "efficientnet_b4": 64,
+    "efficientnet_v2_l": 64,
+    "regnet_x_400mf": 64,
+    "alexnet": 64,
+    "inception_v3": 299,
+    "maxvit_t": 224,
+    "vit_h_14": 56,
+    "squeezenet1_0": 64,
+    "squeezenet1_1": 64,
+}
 
 # One small member of each family, with the image size it takes.
 TIMM: dict[str, int] = {

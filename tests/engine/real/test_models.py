@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,6 +31,13 @@ def _parameters() -> list[Any]:
 @pytest.mark.parametrize(("kind", "name", "options"), _parameters())
 def test_a_network(kind: str, name: str, options: dict[str, Any]) -> None:
     _exact(network(name, options), kind)
+
+
+@pytest.mark.parametrize(("kind", "name", "options"), _parameters())
+def test_a_network_that_computes_feature_maps_again(kind: str, name: str, options: dict[str, Any]) -> None:
+    """What cheap modules make is dropped and made again, the rest moves: still the same bits."""
+    again = {"policy": "recompute-offload"}
+    _exact(replace(network(name, options), options=again), kind)
 
 
 def _exact(case: Case, kind: str) -> None:

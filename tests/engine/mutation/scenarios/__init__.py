@@ -1,6 +1,6 @@
 """Small scenarios on the virtual device, each of them right on the engine as it is."""
 
-from tests.engine.mutation.scenarios import cuda_calls, detector, memory, steps, streams, threads, versions
+from tests.engine.mutation.scenarios import cuda_calls, detector, memory, recomputing, steps, streams, threads, versions
 from tests.engine.mutation.scenarios.base import SCENARIOS, Scenario, Wrong
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "cuda_calls",
     "detector",
     "memory",
+    "recomputing",
     "steps",
     "streams",
     "threads",

@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.engine.mutation.locksets import Monitor
 from tests.engine.mutation.scenarios.base import by_rule, chain
-from vdnn.values import Entry, Offload, Plan, SavedName
+from vdnn.values import Entry, Offload, Plan, Recompute, SavedName
 
 __all__ = ["WATCHED", "in_thread", "races_in"]
 
@@ -87,6 +87,33 @@ def a_planned_release_after_a_backward_in_another_thread(engine: ModuleType) -> 
         in_thread(lambda loss=loss: loss.backward(retain_graph=True))
         loss.backward()
         engine.unwrap_model(model)
+
+
+class _AskedOnTheWay(nn.Module):
+    """An ELU whose output is saved, asked for in another thread, and saved again, before the module is over."""
+
+    kept: torch.Tensor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = nn.functional.elu(x)
+        if y.requires_grad:
+            spare = self.kept = (y * y).sum()
+            in_thread(lambda: torch.autograd.grad(spare, _leaves(spare), retain_graph=True, allow_unused=True))
+            y.mul(y)
+        return y
+
+
+@watched_scenario
+def a_storage_that_comes_again_is_asked_for_in_another_thread(engine: ModuleType) -> None:
+    source, *names = (SavedName("1", 0, n, "float32", 2, 512) for n in range(5))
+    entry = Entry((*names, SavedName("2", 0, 0, "float32", 2, 512)), 512, Recompute("", ("1#0",), str(source)))
+    plan = Plan("by hand", "an ELU", 8, "cpu", "", None, (entry,), "keep", 1)
+    model = nn.Sequential(nn.Linear(16, 16), _AskedOnTheWay(), nn.Linear(16, 16))
+    engine.wrap_model(model, engine.VirtualDevice(), lambda *_: engine.Schedule(plan))
+    loss = model(torch.randn(8, 16)).sum()
+    in_thread(lambda: loss.backward(retain_graph=True))
+    loss.backward()
+    engine.unwrap_model(model)
 
 
 @watched_scenario

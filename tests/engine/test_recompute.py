@@ -1,0 +1,416 @@
+"""Feature maps that the engine drops and computes again: the same bits, less memory, and nothing dropped on a guess."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import vdnn
+from vdnn.chains import chains
+from vdnn.engine import Schedule, VirtualDevice, engine_of
+from vdnn.errors import DeviceOutOfMemory, FormatError, PlanMismatchError
+from vdnn.policies import Options, decide
+from vdnn.recomputing import recomputed
+from vdnn.sim import simulate_step
+from vdnn.values import Plan, Recompute, hardware
+
+GPU = hardware("rtx4090")
+EVERYTHING = Options(min_bytes=1, keep_soon=False)
+
+
+class Residual(nn.Module):
+    """A block whose sum is no module's output."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.act = nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv(self.act(self.norm(x)))
+
+
+class ChannelsLastNorm(nn.LayerNorm):
+    """A norm over channels that sits between two permutations, as in ConvNeXt."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
+
+
+def images() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8),
+        nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 1), nn.SiLU(inplace=True), nn.Conv2d(8, 8, 1), nn.Hardswish(),
+        nn.Upsample(scale_factor=2), Residual(8), ChannelsLastNorm(8), nn.Conv2d(8, 4, 1), nn.GroupNorm(2, 4),
+        nn.GELU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(196, 5),
+    )  # fmt: skip
+
+
+def words() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 32), nn.GELU(), nn.Dropout(0.3), nn.Linear(32, 16),
+        nn.Tanh(), nn.LayerNorm(16), nn.Linear(16, 3),
+    )  # fmt: skip
+
+
+def shared() -> nn.Module:
+    act, norm = nn.Sigmoid(), nn.BatchNorm1d(16)
+    return nn.Sequential(nn.Linear(16, 16), norm, act, nn.Linear(16, 16), norm, act, nn.Linear(16, 3))
+
+
+LARGE = ("torchvision:densenet121", "timm:convnext_atto", "hf:gpt2")
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "images": (images, (4, 3, 18, 18)),
+    "words": (words, (6, 16)),
+    "shared": (shared, (6, 16)),
+}
+
+
+def made(name: str) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    make, shape = MODELS[name]
+    return make(), torch.randn(shape)
+
+
+def trained(model: nn.Module, x: torch.Tensor, steps: int = 3) -> list[torch.Tensor]:
+    found = []
+    for number in range(steps):
+        torch.manual_seed(number)
+        model.zero_grad()
+        out = model(x)
+        out.square().mean().backward()
+        found += [out.detach().clone(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.01 * p.grad
+    return [*found, *(b.clone() for b in model.buffers())]
+
+
+def planned(model: nn.Module, x: torch.Tensor, policy: str = "recompute") -> Plan:
+    trace = vdnn.capture(model, x, device="cpu")
+    return decide(policy, trace, GPU, EVERYTHING)
+
+
+def again(plan: Plan) -> list[Recompute]:
+    return [entry.action for entry in plan.entries if isinstance(entry.action, Recompute)]
+
+
+def wrapped(model: nn.Module, plan: Plan, device: VirtualDevice | None = None) -> nn.Module:
+    return vdnn.wrap(model, plan=plan, device=device or VirtualDevice(seed=1))
+
+
+@pytest.mark.parametrize("policy", ["recompute", "recompute-offload"])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_bit_is_the_same(name: str, policy: str) -> None:
+    expected = trained(*made(name))
+    model, x = made(name)
+    plan = planned(model, x, policy)
+    assert len(again(plan)) >= {"images": 9, "words": 2, "shared": 2}[name]
+    device = VirtualDevice(seed=3)
+    wrapped(model, plan, device)
+    got = trained(model, x)
+    device.finish()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    counts = engine_of(model).offloader.counts
+    assert counts.dropped_storages == 3 * len(again(plan))
+    assert counts.recomputed_storages == 3 * len(again(plan))
+    assert not counts.mismatches
+    assert device.host_bytes()[0] == 0
+    assert "computed again" in str(vdnn.report(model))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_evaluation_mode_and_autocast(name: str) -> None:
+    for mode in (False, True):
+        outcomes = []
+        for ours in (False, True):
+            model, x = made(name)
+            model.train(mode)
+            if ours:
+                wrapped(model, planned(model, x))
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mode):
+                outcomes.append(trained(model, x))
+        assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True)), f"training {mode}"
+
+
+@pytest.mark.parametrize("policy", ["recompute", "recompute-offload"])
+@pytest.mark.parametrize("name", ["demo:cnn", *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)])
+def test_the_peak_is_the_predicted_one(name: str, policy: str) -> None:
+    options = {"demo:cnn": {}, "hf:gpt2": {"layers": 2, "sequence": 32}}.get(name, {"image_size": 32})
+    work = vdnn.load(name, batch=4, **options)
+    result = vdnn.run(work, policy, GPU, device="virtual", steps=2, min_bytes=4096)
+    assert result.exact
+    assert result.measured.peak_requested_bytes == result.predicted.peak_requested_bytes
+
+
+def test_less_memory_and_more_time() -> None:
+    model, x = made("images")
+    trace = vdnn.capture(model, x, device="cpu")
+    base, ours = (simulate_step(trace, plan, GPU) for plan in (None, decide("recompute", trace, GPU, EVERYTHING)))
+    assert ours.peak_requested_bytes < base.peak_requested_bytes
+    assert ours.iteration_time_ns > base.iteration_time_ns
+
+
+def test_what_is_beside_a_module_s_output_has_no_chain() -> None:
+    """A norm's statistics and a pool's indices are made by cheap modules, too, but are not what these return."""
+    model, x = made("images")
+    trace = vdnn.capture(model, x, device="cpu")
+    found = chains(trace)
+    outputs = {s for s in found if trace.storages[s].nbytes >= 4 * 8 * 4}
+    assert set(found) == outputs
+    for t in trace.saved:
+        if t.dtype == "int64":
+            assert t.storage not in found
+
+
+def test_a_source_that_leaves_comes_back_in_time() -> None:
+    """Under recompute-offload the copy back of a convolution's output begins before the maps made from it are due."""
+    model, x = made("images")
+    trace = vdnn.capture(model, x, device="cpu")
+    plan = decide("recompute-offload", trace, GPU, EVERYTHING)
+    step = recomputed(trace, plan)
+    step.check()
+    sources = {action.source for action in again(plan)}
+    offloaded = {str(name) for e in plan.entries if e.action.action == "offload" for name in e.saved}
+    assert sources & offloaded, "no source is offloaded: the test tests nothing"
+    assert simulate_step(trace, plan, GPU).prefetched_bytes == plan.offloaded_bytes
+
+
+class Doubling:
+    def __call__(self, module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+        return output * 2
+
+
+def test_a_hook_that_changes_an_output_keeps_it() -> None:
+    outcomes = []
+    for ours in (False, True):
+        model, x = made("words")
+        assert isinstance(model, nn.Sequential)
+        plan = planned(model, x)
+        model[1].register_forward_hook(Doubling())
+        if ours:
+            wrapped(model, plan)
+        outcomes.append(trained(model, x))
+        if ours:
+            assert any("forward hooks" in text for text in vdnn.report(model).mismatches)
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+
+
+def test_a_hook_that_comes_later_keeps_it_too() -> None:
+    outcomes = []
+    for ours in (False, True):
+        model, x = made("words")
+        assert isinstance(model, nn.Sequential)
+        if ours:
+            wrapped(model, planned(model, x))
+        trained(model, x, 1)
+        model[7].register_forward_hook(Doubling())
+        outcomes.append(trained(model, x))
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+
+
+class TakesAnother(nn.Module):
+    """Calls its norm by keyword, and its activation on something else than the norm's output, if asked to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4), nn.ReLU()
+        self.out = nn.Conv1d(4, 4, 1)
+        self.way = ""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        y = self.norm(input=y) if self.way == "keyword" else self.norm(y)
+        if self.way == "between":
+            y = y * 2
+        y = self.act(y)
+        if self.way == "after":
+            y.mul_(2)
+        return self.out(y)
+
+
+@pytest.mark.parametrize("way", ["keyword", "between", "after"])
+def test_a_step_that_differs_from_the_plan_keeps_what_it_must(way: str) -> None:
+    outcomes = []
+    for ours in (False, True):
+        torch.manual_seed(0)
+        model, x = TakesAnother(), torch.randn(3, 4, 5)
+        if ours:
+            plan = planned(model, x)
+            assert again(plan)
+            wrapped(model, plan)
+        model.way = way
+        outcomes.append(_or_error(lambda model=model, x=x: trained(model, x, 1)))
+    if isinstance(outcomes[0], str):
+        assert "modified by an inplace operation" in outcomes[0]
+        assert outcomes[1] == outcomes[0]
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+
+
+def _or_error(run: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor] | str:
+    try:
+        return run()
+    except RuntimeError as error:
+        return str(error).split(":")[0]
+
+
+def test_a_source_that_was_changed_since_raises_as_eager_does() -> None:
+    for ours in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4))
+        x = torch.randn(3, 4)
+        seen: list[torch.Tensor] = []
+        if ours:
+            wrapped(model, planned(model, x))
+        model[0].register_forward_hook(lambda m, a, o, seen=seen: seen.append(o))
+        out = model(x).sum()
+        with torch.no_grad():
+            seen[0].add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.backward()
+
+
+def test_a_weight_that_was_changed_since_raises() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4))
+    x = torch.randn(3, 4)
+    wrapped(model, planned(model, x))
+    out = model(x).sum()
+    with torch.no_grad():
+        model[1].weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+
+
+def test_a_weight_that_was_replaced_since_is_the_old_one_in_backward() -> None:
+    outcomes = []
+    for ours in (False, True):
+        model, x = made("words")
+        assert isinstance(model, nn.Sequential)
+        if ours:
+            wrapped(model, planned(model, x))
+        torch.manual_seed(7)
+        out = model(x).sum()
+        before = list(model.parameters())
+        model[1].weight = nn.Parameter(torch.full((16,), 5.0))
+        model[1].eval()
+        out.backward()
+        assert model[1].weight[0] == 5
+        assert not model[1].training
+        outcomes.append([p.grad for p in before])
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+
+
+def test_backward_twice_and_of_the_gradient() -> None:
+    outcomes = []
+    for ours in (False, True):
+        model, x = made("images")
+        x.requires_grad_()
+        if ours:
+            wrapped(model, planned(model, x, "recompute-offload"))
+        out = model(x).square().mean()
+        (first,) = torch.autograd.grad(out, x, create_graph=True)
+        first.square().sum().backward(retain_graph=True)
+        found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        out.backward()
+        outcomes.append([first.detach(), *found, *(p.grad for p in model.parameters()), x.grad])
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+
+
+class Fragile(nn.Module):
+    """An activation that fails when asked to, or gives something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mood = ""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.mood == "fails":
+            raise OSError("no mood")
+        return torch.tanh(x[:1] if self.mood == "shrinks" else x)
+
+
+@pytest.mark.parametrize(("mood", "error"), [("fails", "no mood"), ("shrinks", "comes out another way")])
+def test_a_module_that_fails_in_backward_leaves_nothing_behind(mood: str, error: str) -> None:
+    torch.manual_seed(0)
+    fragile = Fragile()
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), fragile, nn.Linear(4, 4))
+    x = torch.randn(3, 4)
+    expected = trained(model, x, 1)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), fragile, nn.Linear(4, 4))
+    torch.randn(3, 4)
+    plan = planned(model, x)
+    assert again(plan)
+    device = VirtualDevice()
+    wrapped(model, plan, device)
+    with device:
+        out = model(x).sum()
+        fragile.mood = mood
+        with pytest.raises((OSError, RuntimeError), match=error):
+            out.backward()
+        fragile.mood = ""
+        del out
+        got = trained(model, x, 1)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_no_room_to_compute_it_again_is_out_of_memory_and_the_next_step_is_exact() -> None:
+    expected = trained(*made("images"), 1)
+    model, x = made("images")
+    plan = planned(model, x)
+    device = VirtualDevice(memory="1GiB")
+    wrapped(model, plan, device)
+    with device:
+        out = model(x).square().mean()
+        device.account.limit_bytes = device.account.live_bytes()
+        with pytest.raises(DeviceOutOfMemory):
+            out.backward()
+        del out
+        device.account.limit_bytes = 1 << 30
+        got = trained(model, x, 1)
+    changed = len(list(model.buffers()))  # the first forward updated the statistics
+    assert all(torch.equal(a, b) for a, b in zip(got[:-changed], expected[:-changed], strict=True))
+
+
+def test_nothing_grows() -> None:
+    model, x = made("images")
+    device = VirtualDevice()
+    wrapped(model, planned(model, x, "recompute-offload"), device)
+    live = []
+    with device:
+        for _ in range(30):
+            trained(model, x, 1)
+            live.append(device.account.live_bytes())
+    assert live[-1] == live[3]
+    assert device.host_bytes()[0] == 0
+
+
+def test_a_plan_that_names_what_is_not_there() -> None:
+    model, x = made("words")
+    trace = vdnn.capture(model, x, device="cpu")
+    plan = decide("recompute", trace, GPU, EVERYTHING)
+    place = next(i for i, e in enumerate(plan.entries) if isinstance(e.action, Recompute))
+    action = plan.entries[place].action
+
+    def with_action(new: Recompute) -> Plan:
+        entries = list(plan.entries)
+        entries[place] = replace(entries[place], action=new)
+        return replace(plan, entries=tuple(entries))
+
+    assert isinstance(action, Recompute)
+    with pytest.raises(PlanMismatchError, match="nowhere"):
+        simulate_step(trace, with_action(replace(action, through=("nowhere#0",))), GPU)
+    with pytest.raises(PlanMismatchError, match="does not pack"):
+        simulate_step(trace, with_action(replace(action, source="0#0/9")), GPU)
+    with pytest.raises(FormatError, match="say together"):
+        with_action(replace(action, source="")).check()
+    with pytest.raises(PlanMismatchError, match="nowhere"):
+        Schedule(with_action(replace(action, through=("nowhere#0",)))).check_names(
+            {name for name, _ in model.named_modules()}
+        )
