@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vdnn.errors import UsageError
-from vdnn.values import Hardware, Plan, RunResult, Trace
+from vdnn.values import Hardware, Plan, Recipe, RunResult, Trace
 from vdnn.values import hardware as named_hardware
 
 if TYPE_CHECKING:
@@ -42,16 +42,22 @@ def load(name: str, batch: int | str = 32, **options: object) -> Work:
 def capture(work: Work | nn.Module, *inputs: Any, loss: Any = None, **options: Any) -> Trace:
     """One training step as a trace, without a GPU: `capture(work, …)` or `capture(model, *inputs, loss=…)`.
 
-    Options: precision ("fp32", "amp", "amp-bf16", "bf16"), optimizer ("none", "sgd", "adamw"), channels_last,
-    device ("cuda", or "cpu" for runs on a virtual device).
+    Options: precision ("fp32", "amp", "amp-bf16", "bf16"), optimizer ("none", "sgd", "sgd-nesterov", "adamw"),
+    channels_last, device ("cuda", or "cpu" for runs on a virtual device), and those of `vdnn.values.Recipe`:
+    step ("training", "inference"), attention ("fused", "math"), zero_grad ("to-none", "in-place"),
+    optimizer_impl ("foreach", "for-loop", "fused"), backward_autocast and cudnn_benchmark (False, True).
 
     Raises:
-        UsageError: an unknown option value.
+        UsageError: an unknown option or value.
         CaptureError: the step cannot be captured; names the op and the module.
     """
     from vdnn.models import Work as WorkType
     from vdnn.tracing import capture_model, capture_work
 
+    parts = [name for name in Recipe.__slots__ if name in options]
+    if parts and "recipe" in options:
+        raise UsageError(f"a recipe and its part {parts[0]} are both given: put it into the recipe")
+    options.setdefault("recipe", Recipe.of({name: options.pop(name) for name in parts}))
     if isinstance(work, WorkType):
         if inputs or loss is not None:
             raise UsageError("a loaded work has its own inputs and loss: give either a work, or a model with inputs")

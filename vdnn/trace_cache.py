@@ -1,7 +1,7 @@
 """Traces that were captured before, kept on disk: a second look at a model takes no capture, and no torch.
 
 The key is everything that decides a trace: the model's name, batch and options as given, precision, optimizer,
-device, the versions of the libraries that models come from, and the source of vdnn's own capture and models.
+recipe, device, the versions of the libraries that models come from, and the source of vdnn's own capture and models.
 A model from a file of the user's is not kept: what that file imports cannot be known.
 
     $VDNN_CACHE/<key>.json.gz, by default under ~/.cache/vdnn/traces ($XDG_CACHE_HOME)
@@ -14,11 +14,12 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
 from vdnn.errors import FormatError
-from vdnn.values import Trace, load, save
+from vdnn.values import USUAL, Recipe, Trace, load, save
 
 __all__ = ["folder", "keep", "key_of", "known"]
 
@@ -40,7 +41,13 @@ def folder() -> Path:
 
 
 def key_of(
-    model: str, batch: str, options: Mapping[str, object], precision: str, optimizer: str, device: str
+    model: str,
+    batch: str,
+    options: Mapping[str, object],
+    precision: str,
+    optimizer: str,
+    device: str,
+    recipe: Recipe = USUAL,
 ) -> str | None:
     """The key of a trace, 32 hex digits; None for a model that is not kept."""
     if ".py:" in model:
@@ -52,6 +59,7 @@ def key_of(
         "precision": precision,
         "optimizer": optimizer,
         "device": device,
+        "recipe": asdict(recipe),
         "libraries": [_version(name) for name in _LIBRARIES],
         "source": _source(),
     }

@@ -12,7 +12,7 @@ import typer
 
 from vdnn import api, trace_cache
 from vdnn.errors import UsageError
-from vdnn.values import RunResult, Trace
+from vdnn.values import Recipe, RunResult, Trace
 from vdnn.values import load as load_value
 from vdnn.values import save as save_value
 
@@ -30,12 +30,14 @@ __all__ = [
     "Output",
     "Policy",
     "Precision",
+    "RecipeParts",
     "Regime",
     "Rules",
     "busy",
     "model_options",
     "must_be_free",
     "must_be_one",
+    "recipe_of",
     "show_results",
     "trace_of",
     "write_value",
@@ -47,7 +49,7 @@ Gpu = Annotated[str, typer.Option(help="A GPU by id (`vdnn list gpus`), or a har
 Policy = Annotated[str, typer.Option(help="A policy (`vdnn list policies`).")]
 Budget = Annotated[str, typer.Option(help="Device memory for the step, 12GiB: the plan that fits and is the fastest.")]
 Precision = Annotated[str, typer.Option(help="fp32, amp, amp-bf16 or bf16.")]
-Optimizer = Annotated[str, typer.Option(help="none, sgd or adamw.")]
+Optimizer = Annotated[str, typer.Option(help="none, sgd, sgd-nesterov or adamw.")]
 Rules = Annotated[str, typer.Option(help="event, or paper: synchronise at every layer as vDNN did.")]
 Regime = Annotated[
     Literal["pytorch", "paper"],
@@ -56,6 +58,15 @@ Regime = Annotated[
 Algorithms = Annotated[str, typer.Option(help="A table of convolution algorithms for -m, -p and vdnn-dyn: cudnn4.")]
 ModelOptions = Annotated[
     list[str] | None, typer.Option("-O", metavar="KEY=VALUE", help="A model option: image_size=64.")
+]
+RecipeParts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "-R",
+        metavar="KEY=VALUE",
+        help="How the step is run: step=inference, attention=math, zero_grad=in-place, optimizer_impl=for-loop (or "
+        "fused), backward_autocast=on, cudnn_benchmark=on.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Capture anew, and keep nothing.")]
@@ -69,11 +80,24 @@ def model_options(texts: list[str] | None) -> dict[str, object]:
     Raises:
         UsageError: a text without a key and a "=".
     """
+    return _pairs("-O", texts, "image_size=64")
+
+
+def recipe_of(texts: list[str] | None) -> Recipe:
+    """`-R key=value` as a recipe.
+
+    Raises:
+        UsageError: a text without a key and a "=", an unknown part or value.
+    """
+    return Recipe.of(_pairs("-R", texts, "attention=math"))
+
+
+def _pairs(flag: str, texts: list[str] | None, example: str) -> dict[str, object]:
     found: dict[str, object] = {}
     for text in texts or []:
         key, equals, value = text.partition("=")
         if not equals or not key:
-            raise UsageError(f"-O {text!r} is no option: write it like image_size=64")
+            raise UsageError(f"{flag} {text!r} is no option: write it like {example}")
         found[key] = value
     return found
 
@@ -87,6 +111,7 @@ def trace_of(
     device: str = "cuda",
     no_cache: bool = False,
     policy: str = "",
+    parts: list[str] | None = None,
 ) -> Trace:
     """The trace in a file, or of a model by name: one that was captured before, unless `no_cache`.
 
@@ -98,13 +123,14 @@ def trace_of(
         loaded = load_value(model, "trace")
         assert isinstance(loaded, Trace)
         return loaded
+    recipe = recipe_of(parts)
     options = {**(options_of(policy) if policy else {}), **model_options(texts)}
-    key = None if no_cache else trace_cache.key_of(model, batch, options, precision, optimizer, device)
+    key = None if no_cache else trace_cache.key_of(model, batch, options, precision, optimizer, device, recipe)
     found = trace_cache.known(key)
     if found is None:
         with busy(f"capturing {model}"):
             work = api.load(model, batch, **options)
-            found = api.capture(work, precision=precision, optimizer=optimizer, device=device)
+            found = api.capture(work, precision=precision, optimizer=optimizer, device=device, recipe=recipe)
         trace_cache.keep(key, found)
     return found
 

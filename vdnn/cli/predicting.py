@@ -23,6 +23,7 @@ from vdnn.cli.arguments import (
     Output,
     Policy,
     Precision,
+    RecipeParts,
     Regime,
     Rules,
     busy,
@@ -48,6 +49,7 @@ def capture(
     optimizer: Optimizer = "none",
     device: Annotated[str, typer.Option(help="cuda, or cpu for the virtual device.")] = "cuda",
     options: ModelOptions = None,
+    recipe: RecipeParts = None,
     no_cache: NoCache = False,
     force: Force = False,
 ) -> None:
@@ -56,7 +58,7 @@ def capture(
     Example: vdnn capture torchvision:resnet50 --batch 64 -o resnet50.json.gz
     """
     must_be_free(output, force)
-    write_value(trace_of(model, batch, precision, optimizer, options, device, no_cache), output)
+    write_value(trace_of(model, batch, precision, optimizer, options, device, no_cache, parts=recipe), output)
 
 
 def plan(
@@ -72,6 +74,7 @@ def plan(
     algorithms: Algorithms = "",
     device: Annotated[str, typer.Option(help="cuda, or cpu for `vdnn run` on the virtual device.")] = "cuda",
     options: ModelOptions = None,
+    recipe: RecipeParts = None,
     no_cache: NoCache = False,
     output: Output = None,
     force: Force = False,
@@ -85,7 +88,7 @@ def plan(
     must_be_free(output, force)
     must_be_one(policy=policy, budget=budget)
     hardware(gpu)
-    trace = trace_of(model, batch, precision, optimizer, options, device, no_cache, policy)
+    trace = trace_of(model, batch, precision, optimizer, options, device, no_cache, policy, recipe)
     how: dict[str, Any] = {"rules": rules, "regime": regime, "algorithms": algorithms}
     made = api.plan(trace, gpu, policy, budget=budget or None, **how)
     typer.echo(as_text(plan_report(made)), nl=False)
@@ -105,6 +108,7 @@ def simulate(
     regime: Regime = "pytorch",
     algorithms: Algorithms = "",
     options: ModelOptions = None,
+    recipe: RecipeParts = None,
     no_cache: NoCache = False,
     as_json: Json = False,
     perfetto: Annotated[Path | None, typer.Option(help="Write the streams as a Chrome trace: NAME.json.")] = None,
@@ -125,8 +129,8 @@ def simulate(
     must_be_one(policy=policy, budget=budget, plan=plan_file)
     hardware(gpu)
     made = load_value(plan_file, "plan") if plan_file is not None else None
-    plain = trace_of(model, batch, precision, optimizer, options, no_cache=no_cache)
-    trace = trace_of(model, batch, precision, optimizer, options, no_cache=no_cache, policy=policy)
+    plain = trace_of(model, batch, precision, optimizer, options, no_cache=no_cache, parts=recipe)
+    trace = trace_of(model, batch, precision, optimizer, options, no_cache=no_cache, policy=policy, parts=recipe)
     how: dict[str, Any] = {"rules": rules, "regime": regime, "algorithms": algorithms}
     if made is None:
         made = api.plan(trace, gpu, policy or ("" if budget else "none"), budget=budget or None, **how)
@@ -169,6 +173,7 @@ def compare(
     regime: Regime = "pytorch",
     algorithms: Algorithms = "",
     options: ModelOptions = None,
+    recipe: RecipeParts = None,
     no_cache: NoCache = False,
     as_json: Json = False,
     figure: Annotated[Path | None, typer.Option(help="Draw the comparison: NAME.png, .svg or .pdf.")] = None,
@@ -192,7 +197,7 @@ def compare(
     results = []
     for name in ["none", *(name for name in chosen if name != "none")]:
         try:
-            trace = trace_of(model, batch, precision, optimizer, options, no_cache=no_cache, policy=name)
+            trace = trace_of(model, batch, precision, optimizer, options, no_cache=no_cache, policy=name, parts=recipe)
             results.append(api.simulate(trace, api.plan(trace, gpu, name, **how), gpu, regime=regime))
         except (UsageError, InfeasibleError) as error:
             if policy or name == "none":

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from vdnn.tracing.recorder import Recorder
-from vdnn.values import ModuleCall, SavedTensor, Storage, Trace
+from vdnn.values import ModuleCall, Recipe, SavedTensor, Storage, Trace
 
 __all__ = ["assembled"]
 
@@ -22,6 +22,7 @@ def assembled(
     channels_last: bool,
     options: tuple[tuple[str, str], ...],
     corrections: list[str],
+    recipe: Recipe,
 ) -> Trace:
     rec = capture.recorder
     n = len(rec.ops)
@@ -101,6 +102,7 @@ def assembled(
         storages=tuple(storages),
         ops=tuple(rec.ops),
         saved=saved,
+        recipe=recipe,
     )
     trace.check()
     return trace

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from vdnn.tracing import attention, autocast, rnn
-from vdnn.tracing.attention import attend
+from vdnn.tracing.attention import attend, attend_in_parts
 
 __all__ = ["as_on_cuda", "rules", "said"]
 
@@ -29,9 +29,9 @@ _RMS_NORM: Any = torch.rms_norm
 _CUDNN_BATCH = 880801  # largest batch of cuDNN's batch norm in training
 
 
-def said(place: str, amp: bool, recurrent: bool) -> list[str]:
+def said(place: str, amp: bool, recurrent: bool, math: bool = False) -> list[str]:
     """What a trace must say about a CUDA step captured on fake tensors of `place`."""
-    found = [attention.SAID]
+    found = [attention.SAID_MATH if math else attention.SAID]
     if recurrent:
         found.append(rnn.SAID)
     if place == "cpu":
@@ -58,9 +58,10 @@ def rules(place: str, device: str) -> dict[Any, Any]:
 
 
 @contextlib.contextmanager
-def as_on_cuda(place: str, amp: bool) -> Iterator[None]:
+def as_on_cuda(place: str, amp: bool, math: bool = False) -> Iterator[None]:
     """Calls go where CUDA would send them. A mode for what the model calls, patches for torch's own Python code."""
-    replaced = {F.scaled_dot_product_attention: attend, **rnn.REPLACED}
+    attended = attend_in_parts if math else attend
+    replaced = {F.scaled_dot_product_attention: attended, **rnn.REPLACED}
     with contextlib.ExitStack() as stack:
         if place == "cpu":
             replaced |= {_DROPOUT: _dropout, _BATCH_NORM: _batch_norm, _RMS_NORM: _rms_norm}
@@ -70,7 +71,7 @@ def as_on_cuda(place: str, amp: bool) -> Iterator[None]:
             if amp:
                 stack.enter_context(autocast.cuda_lists_on_cpu())
             stack.enter_context(mock.patch.object(torch.autocast, "__init__", _meant_for_cuda))
-        stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attend))
+        stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attended))
         stack.enter_context(_Sent(replaced))
         yield
 

@@ -101,14 +101,16 @@ def undisturbed() -> Iterator[None]:
                 torch.cuda.set_rng_state_all(on_gpu)
 
 
-def make_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer | None:
+def make_optimizer(name: str, model: nn.Module, impl: str = "foreach") -> torch.optim.Optimizer | None:
+    """The optimizer by name, in one of torch's three implementations."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         return None
-    if name == "sgd":
-        return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, foreach=True)
+    how: dict[str, Any] = {"foreach": impl == "foreach", "fused": impl == "fused"}
+    if name in ("sgd", "sgd-nesterov"):
+        return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=name == "sgd-nesterov", **how)
     if name == "adamw":
-        return torch.optim.AdamW(parameters, foreach=True)
+        return torch.optim.AdamW(parameters, **how)
     return None
 
 

@@ -22,18 +22,18 @@ from torch.utils._pytree import tree_leaves
 from vdnn.calls import ModuleCalls
 from vdnn.errors import CaptureError, UsageError, VdnnError, unknown_name
 from vdnn.models import Work
-from vdnn.tracing import hardware, rnn, stage
+from vdnn.tracing import attention, hardware, rnn, stage
 from vdnn.tracing.assembly import assembled
 from vdnn.tracing.hooks import creator
 from vdnn.tracing.losses import summed_loss
 from vdnn.tracing.recorder import Recorder
 from vdnn.tracing.watch import Watch
-from vdnn.values import Trace
+from vdnn.values import USUAL, Recipe, Trace
 
 __all__ = ["OPTIMIZERS", "PRECISIONS", "capture_model", "capture_work"]
 
 PRECISIONS = ("fp32", "amp", "amp-bf16", "bf16")
-OPTIMIZERS = ("none", "sgd", "adamw")
+OPTIMIZERS = ("none", "sgd", "sgd-nesterov", "adamw")
 # what errors say when an op asks for the CUDA driver
 _DRIVER = ("NVIDIA driver", "CUDA driver", "hasPrimaryContext", "CUDA GPUs", "CUDA error", "cuDNN error")
 _AUTOCAST = {"amp": torch.float16, "amp-bf16": torch.bfloat16}
@@ -53,8 +53,11 @@ def capture_model(
     name: str = "",
     batch: int = 0,
     options: tuple[tuple[str, str], ...] = (),
+    recipe: Recipe = USUAL,
 ) -> Trace:
-    """Capture one training step. Nothing is computed, and the model given is not touched.
+    """Capture one training step, or one forward (of a recipe for inference).
+
+    Nothing is computed, and the model given is not touched.
 
     Args:
         model: a module (its shapes are taken), or a function that builds one on the default device.
@@ -62,9 +65,10 @@ def capture_model(
         loss: from the model's output to a scalar; default: the sum of its floating tensors.
         targets: tensors that `loss` uses, already on fakes: part of the input, as the training loop holds them.
         device: "cuda", or "cpu" for runs on a CPU or a virtual device.
+        recipe: how the step is run.
 
     Raises:
-        UsageError: an unknown precision, optimizer or device.
+        UsageError: an unknown precision, optimizer or device, or an optimizer for inference.
         CaptureError: the step needs values that fakes do not have; names the op and the module.
     """
     for what, value, known in (
@@ -74,14 +78,18 @@ def capture_model(
     ):
         if value not in known:
             raise unknown_name(what, str(value), known)
-    step = _Step(model, args, kwargs, loss or summed_loss, targets, precision, optimizer, channels_last, name)
+    if recipe.step == "inference" and optimizer != "none":
+        raise UsageError(f"inference has no optimizer, but {optimizer!r} is given: leave it out, or take step=training")
+    step = _Step(model, args, kwargs, loss or summed_loss, targets, precision, optimizer, channels_last, name, recipe)
 
     def on(place: str, *why: str) -> Trace:
         capture, built = step.captured(place, device)
-        corrections = (
-            [*why, *hardware.said(place, precision in _AUTOCAST, capture.recurrent)] if device == "cuda" else []
+        corrections = list(why)
+        if device == "cuda":
+            corrections += hardware.said(place, precision in _AUTOCAST, capture.recurrent, recipe.attention == "math")
+        return assembled(
+            capture, built, batch, precision, optimizer, device, channels_last, options, corrections, recipe
         )
-        return assembled(capture, built, batch, precision, optimizer, device, channels_last, options, corrections)
 
     if device == "cpu":
         return on("cpu")
@@ -110,10 +118,16 @@ class _Step:
     optimizer: str
     channels_last: bool
     name: str
+    recipe: Recipe
 
     def captured(self, place: str, device: str) -> tuple[Watch, str]:
         """The step of `device`, run on fakes of `place`; and the model's name."""
-        with stage.undisturbed(), FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        math = self.recipe.attention == "math"
+        with contextlib.ExitStack() as around:
+            around.enter_context(stage.undisturbed())
+            mode = around.enter_context(FakeTensorMode(allow_non_fake_inputs=False))
+            if math:
+                around.enter_context(attention.unfused())
             try:
                 model, given = self._made(mode, place)
             except VdnnError:
@@ -126,12 +140,14 @@ class _Step:
                 model, given = stage.lowered_to_bfloat16(model, given)
             if self.channels_last:
                 model, given = stage.channels_last(model, given)
+            if self.recipe.step == "inference":
+                model.eval()
             capture = Watch(model, place, mode, hardware.rules(place, device))
             capture.recurrent = device == "cuda" and rnn.flattened(model)
             with contextlib.ExitStack() as stack:
                 if device == "cuda":
-                    stack.enter_context(hardware.as_on_cuda(place, self.precision in _AUTOCAST))
-                _run(capture, given, self.targets, self.loss, self.precision, self.optimizer, name)
+                    stack.enter_context(hardware.as_on_cuda(place, self.precision in _AUTOCAST, math))
+                _run(capture, given, self.targets, self.loss, self.precision, self.optimizer, name, self.recipe)
             return capture, name
 
     def _made(self, mode: FakeTensorMode, place: str) -> tuple[nn.Module, Any]:
@@ -154,6 +170,7 @@ def _run(
     precision: str,
     optimizer: str,
     name: str,
+    recipe: Recipe,
 ) -> None:
     rec, model = capture.recorder, capture.model
     for fqn, parameter in model.named_parameters():
@@ -170,11 +187,12 @@ def _run(
         if isinstance(tensor, torch.Tensor) and tensor.device.type == capture.device:
             store = rec.stores[rec.store_of(tensor)]
             store.category, store.held = "input", "input"
-    steps = stage.make_optimizer(optimizer, model)
+    steps = stage.make_optimizer(optimizer, model, recipe.optimizer_impl)
+    in_place = recipe.zero_grad == "in-place" and recipe.step == "training"
     try:
         with stage.outside_the_engine():
-            if steps is not None:
-                _first_step(steps, rec, capture.device)
+            if steps is not None or in_place:
+                _first_step(model, steps, rec, capture.device, in_place)
             calls = ModuleCalls(model, capture.begin, capture.end)
             calls.attach()
             try:
@@ -182,11 +200,15 @@ def _run(
                     stack.enter_context(capture.hooks.noted())
                     stack.enter_context(capture.walk.instead_of_the_engine())
                     stack.enter_context(rec)
-                    results = _forward_backward(capture, given, loss, precision)
+                    results = _forward_backward(capture, given, loss, precision, recipe)
+                    if in_place:
+                        _without_ungiven(model, capture)
+                    rec.phase = "optimizer"
                     if steps is not None:
                         _without_unused(steps, rec, capture.device)
-                        rec.phase = "optimizer"
                         steps.step()
+                    if in_place:
+                        (steps or model).zero_grad(set_to_none=False)
                     del results  # a training loop holds output and loss until its step is over
             finally:
                 calls.detach()
@@ -196,32 +218,53 @@ def _run(
         raise _explained(capture, error, name) from error
 
 
-def _forward_backward(capture: Watch, given: Any, loss: Callable[[Any], torch.Tensor], precision: str) -> Any:
+def _forward_backward(
+    capture: Watch, given: Any, loss: Callable[[Any], torch.Tensor], precision: str, recipe: Recipe
+) -> Any:
     args, kwargs = given
-    dtype = _AUTOCAST.get(precision)
-    with (
-        stage.autocast_as_on_cuda(capture.device, dtype),
-        torch.autograd.graph.saved_tensors_hooks(capture.pack, capture.unpack),
-    ):
-        output = capture.model(*args, **kwargs)
-        value = loss(output)
-    if value.numel() != 1 or creator(value) is None:
-        raise UsageError(f"the loss has shape {tuple(value.shape)} and must be one number that needs a gradient")
-    capture.backward(value)
+    with contextlib.ExitStack() as casting:
+        casting.enter_context(stage.autocast_as_on_cuda(capture.device, _AUTOCAST.get(precision)))
+        if recipe.step == "inference":
+            with torch.no_grad():
+                return capture.model(*args, **kwargs)
+        with torch.autograd.graph.saved_tensors_hooks(capture.pack, capture.unpack):
+            output = capture.model(*args, **kwargs)
+            value = loss(output)
+        if value.numel() != 1 or creator(value) is None:
+            raise UsageError(f"the loss has shape {tuple(value.shape)} and must be one number that needs a gradient")
+        if not recipe.backward_autocast:
+            casting.close()
+        capture.backward(value)
     return output, value
 
 
-def _first_step(steps: torch.optim.Optimizer, rec: Recorder, device: str) -> None:
-    """The step before the one that is reported: it makes the optimizer's states."""
-    for group in steps.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    steps.step()
-    steps.zero_grad(set_to_none=True)
-    for state in steps.state.values():
+def _first_step(
+    model: nn.Module, steps: torch.optim.Optimizer | None, rec: Recorder, device: str, in_place: bool
+) -> None:
+    """The step before the one that is reported: it makes the optimizer's states, and gradients that stay."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    if steps is not None:
+        steps.step()
+    for parameter in trained:
+        if not in_place:
+            parameter.grad = None
+        elif parameter.grad is not None and parameter.grad.device.type == device:
+            rec.stores[rec.store_of(parameter.grad)].category = "gradient"
+    for state in steps.state.values() if steps is not None else ():
         for tensor in state.values():
             if isinstance(tensor, torch.Tensor) and tensor.device.type == device:
                 rec.stores[rec.store_of(tensor)].category = "optimizer_state"
+
+
+def _without_ungiven(model: nn.Module, capture: Watch) -> None:
+    """A parameter that backward gave no gradient never had one."""
+    for parameter in model.parameters():
+        if parameter.grad is not None and parameter not in capture.walk.given:
+            if parameter.grad.device.type == capture.device:
+                capture.recorder.stores[capture.recorder.store_of(parameter.grad)].nbytes = 0
+            parameter.grad = None
 
 
 def _without_unused(steps: torch.optim.Optimizer, rec: Recorder, device: str) -> None:
@@ -252,19 +295,25 @@ def _explained(capture: Watch, error: Exception, name: str) -> CaptureError:
 
 
 def capture_work(
-    work: Work, *, precision: str = "fp32", optimizer: str = "none", channels_last: bool = False, device: str = "cuda"
+    work: Work,
+    *,
+    precision: str = "fp32",
+    optimizer: str = "none",
+    channels_last: bool = False,
+    device: str = "cuda",
+    recipe: Recipe = USUAL,
 ) -> Trace:
-    """Capture one training step of a work, built on fake tensors.
+    """Capture one training step of a work, built on fake tensors, or its forward (of a recipe for inference).
 
     Raises:
-        UsageError: an unknown precision, optimizer or device.
+        UsageError: an unknown precision, optimizer or device, or an optimizer for inference.
         CaptureError: the step needs values that fakes do not have; names the op and the module.
     """
 
     targets: list[Any] = []  # made with the inputs: a training loop has them before the step
 
     def inputs(place: str) -> Any:
-        targets[:] = [work.targets(place)]
+        targets[:] = [work.targets(place)] if recipe.step == "training" else []
         return work.inputs(place)
 
     def loss(output: Any) -> torch.Tensor:
@@ -282,4 +331,5 @@ def capture_work(
         name=work.name,
         batch=work.batch,
         options=work.options,
+        recipe=recipe,
     )

@@ -50,6 +50,7 @@ class Backward:
         self._on_grad = on_grad
         self._unseen = unseen
         self._opened: list[_Kept] = []
+        self.given: set[torch.Tensor] = set()  # leaves that got a gradient
 
     def of(self, loss: torch.Tensor) -> None:
         """Backward of the step's loss."""
@@ -131,7 +132,9 @@ class Backward:
             if useful is not None and node not in useful:
                 continue
             if accumulates:
-                _accumulate(node, given.pop(0, None), grads)
+                if 0 in given:
+                    self.given.add(node.variable)
+                    _accumulate(node, given.pop(0), grads)
                 self._on_done(node)
                 continue
             results = self._call(node, given, retain)
@@ -259,21 +262,29 @@ def _leaf_hooks(node: Any, given: Grads) -> None:
                 given[0] = other
 
 
-def _accumulate(node: Any, grad: torch.Tensor | None, grads: dict[Any, Grads]) -> None:
-    """What the AccumulateGrad node does: keep a gradient that nobody else holds, copy one that somebody does.
+def _accumulate(node: Any, grad: torch.Tensor, grads: dict[Any, Grads]) -> None:
+    """What the AccumulateGrad node does: keep a gradient that nobody else holds, copy one that somebody does, add one
+    to what is there.
 
-    Called from Python the node would always copy, since Python holds the gradient too.
+    Called from Python the node would always copy, since Python holds the gradient too, and never add in place to a
+    fake tensor.
     """
-    if grad is None:
-        return
     variable = node.variable
+    if variable.grad is not None and not torch.is_grad_enabled():
+        variable.grad.add_(grad)
+        _accumulated(variable)
+        return
     shared = any(other is grad for pending in grads.values() for other in pending.values())
     if variable.grad is None and not shared and not torch.is_grad_enabled() and _obeys_layout(grad, variable):
         variable.grad = grad.detach()
-        for hook in tuple((getattr(variable, "_post_accumulate_grad_hooks", None) or {}).values()):
-            hook(variable)
+        _accumulated(variable)
     else:
         node(grad)  # runs those hooks, too
+
+
+def _accumulated(variable: torch.Tensor) -> None:
+    for hook in tuple((getattr(variable, "_post_accumulate_grad_hooks", None) or {}).values()):
+        hook(variable)
 
 
 def _obeys_layout(grad: torch.Tensor, variable: torch.Tensor) -> bool:

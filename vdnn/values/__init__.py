@@ -4,6 +4,7 @@ from vdnn.values.algorithms import AlgorithmTable, algorithm_table, table_ids
 from vdnn.values.codec import dumps, fingerprint, load, loads, save
 from vdnn.values.hardware import Efficiency, Hardware, Peak, Source, hardware, preset_ids
 from vdnn.values.plan import OUTSIDE, Action, ConvChoice, Entry, Keep, Offload, Plan, Point, Recompute, SavedName
+from vdnn.values.recipe import USUAL, Recipe
 from vdnn.values.result import PeakItem, Provenance, RunResult
 from vdnn.values.timeline import STREAMS, MemoryEvent, Span, Stall, Timeline
 from vdnn.values.trace import Category, Kernel, LayerKind, ModuleCall, Op, Phase, SavedTensor, Storage, Trace
@@ -11,6 +12,7 @@ from vdnn.values.trace import Category, Kernel, LayerKind, ModuleCall, Op, Phase
 __all__ = [
     "OUTSIDE",
     "STREAMS",
+    "USUAL",
     "Action",
     "AlgorithmTable",
     "Category",
@@ -31,6 +33,7 @@ __all__ = [
     "Plan",
     "Point",
     "Provenance",
+    "Recipe",
     "Recompute",
     "RunResult",
     "SavedName",

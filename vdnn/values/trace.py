@@ -25,6 +25,7 @@ from typing import Literal
 
 from vdnn.errors import FormatError
 from vdnn.values.codec import fingerprint, record, value
+from vdnn.values.recipe import USUAL, Recipe
 
 __all__ = ["Category", "Kernel", "LayerKind", "ModuleCall", "Op", "Phase", "SavedTensor", "Storage", "Trace"]
 
@@ -154,7 +155,8 @@ class SavedTensor:
 class Trace:
     """One training step. `device` is the kind of device whose step this is: "cuda" or "cpu".
 
-    `corrections` says in words where the capture could not watch and what was put in its place.
+    `corrections` says in words where the capture could not watch and what was put in its place; `recipe` how the step
+    is run.
     """
 
     model: str
@@ -170,6 +172,7 @@ class Trace:
     storages: tuple[Storage, ...]
     ops: tuple[Op, ...]
     saved: tuple[SavedTensor, ...]
+    recipe: Recipe = USUAL
 
     @property
     def forward_end(self) -> int:
