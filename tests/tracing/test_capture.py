@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import vdnn.models
@@ -107,3 +108,43 @@ def test_a_model_that_asks_for_a_value_is_named_with_its_module() -> None:
 def test_a_wrong_option_is_refused_with_the_nearest(wrong: dict[str, str]) -> None:
     with pytest.raises(UsageError, match="did you mean"):
         capture_model(nn.Linear(2, 2), (torch.randn(1, 2),), **wrong)
+
+
+def dims_of(function, *inputs, op):
+    """Dims of the first op of a name that a function of tensors runs."""
+
+    class Module(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, *given):
+            return function(*given) * self.weight
+
+    trace = capture_model(Module(), inputs)
+    return next(o.dims for o in trace.ops if o.name.startswith(f"aten.{op}"))
+
+
+@pytest.mark.parametrize(
+    ("function", "op", "dims"),
+    [
+        (lambda x: F.layer_norm(x, (6,)), "native_layer_norm", (2 * 4 * 5 * 6, 6)),
+        (lambda x: F.batch_norm(x, None, None, training=True), "native_batch_norm", (240, 4)),
+        (lambda x: x.softmax(1), "_softmax", (240, 4, 30)),  # four numbers a row, 5 · 6 apart
+        (lambda x: x.sum((2, 3)), "sum", (240, 8, 1)),
+        (lambda x: x.mean(1), "mean", (240, 60, 30)),
+        (lambda x: F.max_pool2d(x, 2), "max_pool2d", (240, 4)),
+        (lambda x: x.transpose(1, 3).contiguous(), "clone", (240, 1, 0)),  # nothing lies side by side in both
+        (lambda x: x.transpose(1, 2).contiguous(), "clone", (240, 6, 0)),
+        (lambda x: x + x.detach()[:1], "add", (240, 240, 1)),
+    ],
+)
+def test_an_op_is_told_with_the_sizes_that_decide_its_speed(function, op, dims):
+    assert dims_of(function, torch.zeros(2, 4, 5, 6), op=op) == dims
+
+
+def test_a_foreach_op_writes_all_tensors_of_its_list():
+    trace = capture_model(nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 7)), (torch.zeros(2, 3),), optimizer="sgd")
+    parameters = 4 * (3 * 5 + 5 + 5 * 7 + 7)
+    step = [op for op in trace.ops if op.name.startswith("aten._foreach_mul_")]
+    assert [op.written_bytes for op in step] == [parameters]

@@ -6,6 +6,7 @@ from math import prod
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from vdnn.values import Kernel
 
@@ -67,12 +68,51 @@ def describe(func: Any, args: Any, kwargs: Any, out: Any, aliases: bool) -> tupl
         return _attention(name, args, kwargs)
     if name in ("_cudnn_rnn", "_cudnn_rnn_backward"):
         return _recurrent(name, args)
-    count = first.numel() if isinstance(first, torch.Tensor) else 0
-    for item in args:
-        if isinstance(item, torch.Tensor):
-            count = max(count, item.numel())
+    given = [a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
+    made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+    widest = max((*made[:1], *given), key=torch.Tensor.numel, default=None)
+    if widest is None:
+        return kernel, (0,), 0
+    count = int(widest.numel())
     per = {"norm": 8, "reduce": 4, "pool": 4}.get(kernel, 0 if kernel in ("copy", "embedding") else 1)
-    return kernel, (count,), count * per
+    return kernel, (count, *_shape_of_work(name, kernel, args, widest, given, made)), count * per
+
+
+def _shape_of_work(
+    name: str, kernel: Kernel, args: Any, widest: torch.Tensor, given: list[torch.Tensor], made: list[torch.Tensor]
+) -> tuple[int, ...]:
+    """The sizes after the count of elements, as `Op` names them."""
+    if kernel == "norm":
+        if "batch_norm" in name or "instance_norm" in name:
+            return (int(widest.shape[1]),)
+        sizes = next((a for a in args if isinstance(a, list | tuple) and a and isinstance(a[0], int)), None)
+        return (int(prod(sizes)) if sizes else int(widest.shape[-1]),)
+    if kernel == "pool":
+        window = next((a for a in args if isinstance(a, list | tuple) and a and isinstance(a[0], int)), ())
+        return (int(prod(window)) if "adaptive" not in name else 0,)
+    if kernel == "reduce":
+        if "softmax" in name:
+            dim = next((a for a in args if isinstance(a, int) and not isinstance(a, bool)), -1)
+            return int(widest.shape[dim]) if widest.dim() else 1, int(widest.stride()[dim]) if widest.dim() else 1
+        smallest = min((*made, *given), key=torch.Tensor.numel)
+        dims = next((a for a in args[1:] if isinstance(a, list | tuple) and all(isinstance(i, int) for i in a)), ())
+        strides = [widest.stride()[d] for d in dims if widest.shape[d] > 1] if widest.dim() else []
+        return max(int(smallest.numel()), 1), int(min(strides, default=1))
+    shape = widest.shape
+    whole = [t for t in (*given, *made) if t.shape == shape]
+    broadcast = sum(1 < t.numel() < widest.numel() for t in given) if kernel == "elementwise" else 0
+    return _run(whole), broadcast
+
+
+def _run(tensors: list[torch.Tensor]) -> int:
+    """How many elements lie side by side in memory in all of these tensors of one shape, along the last one's order."""
+    last = tensors[-1]
+    run = 1
+    for d in sorted((d for d in range(last.dim()) if last.shape[d] > 1), key=lambda d: last.stride()[d]):
+        if any(t.stride()[d] != run for t in tensors):
+            break
+        run *= int(last.shape[d])
+    return run
 
 
 def _recurrent(name: str, args: Any) -> tuple[Kernel, tuple[int, ...], int]:

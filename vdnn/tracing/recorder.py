@@ -108,7 +108,7 @@ class Recorder(TorchDispatchMode):
         writes = tuple(made) if kernel != "view" else tuple(n for n in made if n >= before)
         written = outs
         if func._schema.is_mutable and not outs:
-            written = ins[:1]
+            written = _changed(func, args)
             writes = tuple(self.store_of(t) for t in written)
         first = outs[0] if outs else ins[0]
         self.ops.append(
@@ -131,6 +131,16 @@ class Recorder(TorchDispatchMode):
 
     def _here(self, tensor: torch.Tensor) -> bool:
         return tensor.device.type == self.device and tensor.layout is torch.strided
+
+
+def _changed(func: Any, args: Any) -> list[torch.Tensor]:
+    """What an op that gives nothing back writes to: the arguments that its schema marks, such as foreach's first list."""
+    marked = [
+        given
+        for argument, given in zip(func._schema.arguments, args, strict=False)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    return [t for t in tree_leaves(marked or args[:1]) if isinstance(t, torch.Tensor)]
 
 
 def _with_full_statistics(args: Any, out: Any) -> Any:

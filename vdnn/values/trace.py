@@ -109,7 +109,10 @@ class Op:
 
     `kernel` is its class and `dims` its sizes: conv (batch, in channels, out channels, groups, out pixels,
     kernel pixels, in pixels); matmul (batch, m, n, k); attention (batch, heads, queries, keys, head size);
-    else (elements). A `view` runs no kernel. `flops` counts a multiply-add as two. `module` indexes
+    norm (elements, row length or, of a batch norm, channels); pool (elements, pixels of the window, 0: adaptive);
+    reduce (elements, results, stride of the dimension that is reduced), a softmax (elements, row length, stride);
+    elementwise, copy and the rest (elements, how many of them lie side by side in all tensors, how many tensors
+    are broadcast). A `view` runs no kernel. `flops` counts a multiply-add as two. `module` indexes
     `Trace.modules` (-1: outside the model, such as the loss). `reads` and `writes` index `Trace.storages`.
     """
 
