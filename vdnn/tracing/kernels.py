@@ -59,7 +59,6 @@ def describe(func: Any, args: Any, kwargs: Any, out: Any, aliases: bool) -> tupl
     if name.startswith("grouped_mm_fallback"):
         return _grouped_rows(name, args, out)
     kernel = _class(name)
-    first = out[0] if isinstance(out, tuple | list) and out else out
     if kernel == "conv":
         return _conv(name, args, out)
     if kernel == "matmul":

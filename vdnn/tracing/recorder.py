@@ -134,7 +134,7 @@ class Recorder(TorchDispatchMode):
 
 
 def _changed(func: Any, args: Any) -> list[torch.Tensor]:
-    """What an op that gives nothing back writes to: the arguments that its schema marks, such as foreach's first list."""
+    """What an op that gives nothing back writes to: the arguments that its schema marks, as foreach's first list."""
     marked = [
         given
         for argument, given in zip(func._schema.arguments, args, strict=False)
