@@ -10,7 +10,7 @@ import pytest
 from experiments.gpu.check import main, table
 from experiments.gpu.methods import METHODS, OURS
 from experiments.gpu.parts import PARTS
-from experiments.gpu.parts.compared import over_ideal, union
+from experiments.gpu.parts.compared import over_ideal, predicted, union
 from experiments.gpu.session import Session
 
 
@@ -40,6 +40,21 @@ def test_the_bound_takes_the_slower_of_compute_and_link_each_way(tmp_path: Path)
     # out 2 s > forward 1 s; back 1 s < backward 2 s; the optimizer's 0.5 s: 4.5 s
     ours = {"offloaded_bytes": 200, "returned_bytes": 50, "step_s": 4.95}
     assert over_ideal(session, plain, ours) == pytest.approx(1.1)
+
+
+def test_predictions_are_made_with_the_link_that_was_measured(tmp_path: Path) -> None:
+    """The measured rates were once made floats, which the simulator's whole numbers do not survive."""
+    session = Session(True, tmp_path, 1, ["gpt2"])
+    session.link = {"d2h_bytes_per_s": 10**9, "h2d_bytes_per_s": 10**8, "duplex_bytes_per_s": 10**9}
+    machine = session.hardware()
+    machine.check()
+    assert (machine.d2h_bytes_per_s, machine.h2d_bytes_per_s, machine.duplex_bytes_per_s) == (10**9, 10**8, 10**9)
+    slow = predicted(session, session.workloads[0], "vdnn-all")
+    session.link = {}
+    fast = predicted(session, session.workloads[0], "vdnn-all")
+    assert isinstance(slow["iteration_time_ns"], int)
+    assert slow["iteration_time_ns"] >= fast["iteration_time_ns"]
+    assert slow["offloaded_bytes"] == fast["offloaded_bytes"]
 
 
 def test_union_of_spans() -> None:

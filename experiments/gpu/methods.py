@@ -49,7 +49,7 @@ def _policy(setup: Setup, policy: str) -> Iterator[Around]:
         raise NotHere("no repeated blocks in this model")
     # the small networks of a CPU have no large tensors
     options = {} if setup.device.type == "cuda" else {"min_bytes": 1024}
-    vdnn.wrap(setup.model, policy=policy, device=engine_device(setup), hardware="h200", optimizer="sgd", **options)
+    vdnn.wrap(setup.model, policy=policy, device=engine_device(setup), optimizer="sgd", **options)
     try:
         yield nullcontext
     finally:

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 
 from experiments.gpu.workloads import SMALL, WORKLOADS, Workload
+from vdnn.errors import UsageError
+from vdnn.measure import recognised
 from vdnn.values import Hardware, hardware
 
 __all__ = ["ROOT", "Session"]
@@ -38,15 +40,15 @@ class Session:
         return self.left_s() < 0
 
     def hardware(self) -> Hardware:
-        """The preset of the H200, with this machine's link."""
+        """The preset of this GPU, with its link as it was measured; the H200's where no GPU is."""
         machine = hardware("h200")
-        if not self.link:
-            return machine
-        return dataclasses.replace(
-            machine,
-            d2h_bytes_per_s=float(self.link["d2h_bytes_per_s"]),
-            h2d_bytes_per_s=float(self.link["h2d_bytes_per_s"]),
-        )
+        if not self.virtual:
+            name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
+            found = recognised(name, memory)
+            if found is None:
+                raise UsageError(f"no preset for {name}: predictions need one (vdnn/values/presets)")
+            machine = found
+        return dataclasses.replace(machine, **self.link)
 
     def synchronize(self) -> None:
         if not self.virtual:

@@ -51,7 +51,7 @@ def measure(session: Session) -> list[dict[str, Any]]:
 
 
 def predicted(session: Session, workload: Workload, policy: str) -> dict[str, Any]:
-    """What `vdnn simulate` says, on an H200 with the link that was measured."""
+    """What `vdnn simulate` says of this GPU, with the link that was measured."""
     try:
         work = workload.load(**model_options(policy))
         trace = vdnn.capture(work, precision=workload.precision, optimizer="sgd", device=session.device.type)
@@ -61,8 +61,10 @@ def predicted(session: Session, workload: Workload, policy: str) -> dict[str, An
     result = vdnn.simulate(trace, vdnn.plan(trace, machine, policy), machine)
     return {
         "peak_requested_bytes": result.peak_requested_bytes,
+        "peak_allocated_bytes": result.peak_allocated_bytes,
         "peak_reserved_bytes": result.peak_reserved_bytes,
         "iteration_time_ns": result.iteration_time_ns,
+        "stall_ns": result.stall_ns,
         "offloaded_bytes": result.offloaded_bytes,
     }
 

@@ -43,9 +43,9 @@ def _steps(session: Session, workload: Workload, policy: str, limit: int) -> dic
     torch.cuda.reset_peak_memory_stats()
     setup = Setup(workload, session.device)
     if policy == "by budget":
-        vdnn.wrap(setup.model, budget=limit, hardware="h200", optimizer="sgd")
+        vdnn.wrap(setup.model, budget=limit, optimizer="sgd")
     elif policy:
-        vdnn.wrap(setup.model, policy=policy, hardware="h200", optimizer="sgd")
+        vdnn.wrap(setup.model, policy=policy, optimizer="sgd")
     for _ in range(3):
         setup.step()
     torch.cuda.synchronize()
