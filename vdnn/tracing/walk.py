@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -50,6 +51,7 @@ class Backward:
         self._on_grad = on_grad
         self._unseen = unseen
         self._opened: list[_Kept] = []
+        self._alone: tuple[int, ...] = ()  # what `_holders` says of a tensor that nobody else holds
         self.given: set[torch.Tensor] = set()  # leaves that got a gradient
 
     def of(self, loss: torch.Tensor) -> None:
@@ -108,7 +110,7 @@ class Backward:
         found: dict[tuple[Any, int], torch.Tensor] = {}
         grads: dict[Any, Grads] = {}
         for (node, place), grad in zip(roots, first, strict=True):
-            _add(grads.setdefault(node, {}), place, _fitted(grad, node, place))
+            self._add(grads.setdefault(node, {}), place, _fitted(grad, node, place))
         order = 0
         ready: list[tuple[int, int, Any]] = []
         for node in dict.fromkeys(node for node, _ in roots):
@@ -144,13 +146,28 @@ class Backward:
                     continue
                 if slot < len(results) and results[slot] is not None:
                     self._on_grad(results[slot])
-                    _add(grads.setdefault(following, {}), place, results[slot])
-                    results[slot] = None
+                    grad, results[slot] = results[slot], None
+                    self._add(grads.setdefault(following, {}), place, grad)
+                    del grad
                 waiting[following] -= 1
                 if waiting[following] == 0:
                     heapq.heappush(ready, (-int(following._sequence_nr()), order, following))
                     order += 1
         return found
+
+    def _add(self, held: Grads, place: int, grad: torch.Tensor) -> None:
+        """The engine's `InputBuffer::accumulate`: into the gradient that is there, if nobody else holds it."""
+        if place not in held:
+            held[place] = grad
+            return
+        if not self._alone:
+            with self._unseen():
+                self._alone = _holders({0: torch.empty(1, device=grad.device)}, 0)
+        dense = torch._prims_common.is_non_overlapping_and_dense_or_false(held[place])
+        if dense and not torch.is_grad_enabled() and _holders(held, place) == self._alone:
+            held[place].add_(grad)
+        else:
+            held[place] = held[place] + grad
 
     def _call(self, node: Any, given: Grads, retain: bool) -> list[Any]:
         """The node's gradients, fitted to the nodes that they go to: all of them before the first goes there."""
@@ -250,8 +267,11 @@ def _on_the_way(users: dict[Any, int], wanted: Sequence[tuple[Any, int]]) -> set
     return useful
 
 
-def _add(held: Grads, place: int, grad: torch.Tensor) -> None:
-    held[place] = held[place] + grad if place in held else grad
+def _holders(held: Grads, place: int) -> tuple[int, ...]:
+    """How many hold the tensor in Python, in C++, and its storage."""
+    tensor: Any = held[place]
+    storages = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    return sys.getrefcount(tensor), tensor._use_count(), storages
 
 
 def _leaf_hooks(node: Any, given: Grads) -> None:
