@@ -25,6 +25,8 @@ LAYERS = {
     "convolutions": 2,
     "chains": 2,
     "recomputing": 2,
+    "encodable": 2,
+    "encoding": 2,
     "policies": 3,
     "sim": 4,
     "replay": 4,

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vdnn.errors import PlanMismatchError
-from vdnn.values.plan import OUTSIDE, Entry, Offload, Plan, Point, SavedName
+from vdnn.values.codes import ITEM_BYTES, code_bytes
+from vdnn.values.plan import OUTSIDE, Encode, Entry, Offload, Plan, Point, SavedName
 from vdnn.values.trace import SavedTensor, Trace
 
 __all__ = ["MOVABLE", "Moment", "Move", "Points", "extent", "resolve"]
@@ -168,6 +169,8 @@ def extent(saved: SavedTensor) -> tuple[int, int]:
 def resolve(plan: Plan | None, trace: Trace, points: Points | None = None) -> tuple[Move, ...]:
     """The moves of a plan on a trace, in plan order; none without a plan.
 
+    A plan that encodes moves the codes, which only its own step has (`vdnn.encoding.encoded`).
+
     Raises:
         PlanMismatchError: names the first point or saved tensor of the plan that the trace does not have.
     """
@@ -197,19 +200,22 @@ def resolve(plan: Plan | None, trace: Trace, points: Points | None = None) -> tu
                 f"{entry.saved[0]} shares its storage with {plan.entries[taken[storage]].saved[0]}, another entry"
             )
         taken[storage] = number
-        if trace.storages[storage].nbytes != entry.storage_bytes:
+        nbytes = entry.storage_bytes
+        if isinstance(entry.action, Encode):
+            nbytes = code_bytes(entry.action.how, nbytes // ITEM_BYTES[entry.saved[0].dtype])
+        if trace.storages[storage].nbytes != nbytes:
             raise PlanMismatchError(
-                f"the plan's storage of {entry.saved[0]} has {entry.storage_bytes} bytes, here it has "
+                f"the plan's storage of {entry.saved[0]} has {nbytes} bytes, here it has "
                 f"{trace.storages[storage].nbytes}: make the plan from this trace"
             )
-        if isinstance(entry.action, Offload):
+        if isinstance(entry.action, Offload) or (isinstance(entry.action, Encode) and entry.action.release_at):
             left_out = sorted(set(by_storage[storage]) - set(tensors))
             if left_out:
                 raise PlanMismatchError(
                     f"the plan's entry of {entry.saved[0]} leaves out {points.names[left_out[0]]}, "
                     "which shares its storage"
                 )
-            moves += _moves(points, number, entry, entry.action, storage, sorted(tensors))
+            moves += _moves(points, number, entry, entry.action, storage, sorted(tensors), nbytes)
     if plan.default == "offload":
         for storage, tensors in by_storage.items():
             s = trace.storages[storage]
@@ -222,7 +228,13 @@ def resolve(plan: Plan | None, trace: Trace, points: Points | None = None) -> tu
 
 
 def _moves(
-    points: Points, number: int, entry: Entry, action: Offload, storage: int, tensors: Sequence[int]
+    points: Points,
+    number: int,
+    entry: Entry,
+    action: Offload | Encode,
+    storage: int,
+    tensors: Sequence[int],
+    storage_bytes: int,
 ) -> list[Move]:
     release = points.moment(action.release_at)
     if release < max(points.pack(i) for i in tensors):
@@ -232,8 +244,8 @@ def _moves(
     prefetch = points.moment(action.prefetch_at) if action.prefetch_at else None
     wait = points.moment(action.wait_at) if action.wait_at else None
     moves = []
-    groups = {(0, entry.storage_bytes): list(tensors)}
-    if not action.whole:
+    groups = {(0, storage_bytes): list(tensors)}
+    if isinstance(action, Offload) and not action.whole:
         groups = {}
         for i in tensors:
             groups.setdefault(extent(points.trace.saved[i]), []).append(i)

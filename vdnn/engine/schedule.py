@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from vdnn.errors import EngineError, PlanMismatchError
-from vdnn.values.plan import Action, Keep, Offload, Plan, Point, Recompute, SavedName
+from vdnn.values.plan import Action, Encode, Keep, Offload, Plan, Point, Recompute, SavedName
 
 __all__ = ["NOTHING", "CallSchedule", "Rule", "Schedule", "Slot"]
 
@@ -106,6 +106,8 @@ class Schedule:
                 f"the plan of {plan.policy} computes feature maps again that no module alone makes, which only the "
                 "simulator does: use the policy checkpoint or checkpoint-offload, which recompute by block"
             )
+        if any(isinstance(action, Encode) for action in actions):
+            raise EngineError("the plan encodes feature maps, which only the simulator does: plan without codes")
         self.idle = not rule.offload and all(isinstance(action, Keep) for action in actions)
         if plan is None:
             return

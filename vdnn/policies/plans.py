@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from vdnn.moments import Points, extent
 from vdnn.policies.options import Options
-from vdnn.values.plan import Entry, Keep, Offload, Plan, Recompute
+from vdnn.values.plan import Action, Entry, Keep, Plan
 from vdnn.values.trace import Trace
 
 __all__ = ["covers_half", "make_plan"]
@@ -26,7 +26,7 @@ def make_plan(
     policy: str,
     trace: Trace,
     options: Options,
-    moved: Mapping[int, Offload | Recompute],
+    moved: Mapping[int, Action],
     kept: Mapping[int, str],
     inflight_bytes: int | None = None,
     notes: tuple[str, ...] = (),

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 from vdnn.convolutions import offers_of, with_workspaces
 from vdnn.costs import times_with
+from vdnn.encoding import encoded
 from vdnn.errors import UsageError
 from vdnn.liveness import host_bytes, op_text, peak
 from vdnn.moments import Move, resolve
@@ -55,7 +56,7 @@ def simulate_step(
     if memory_limit is not None and memory_limit <= 0:
         raise UsageError(f"a memory limit of {memory_limit} bytes holds nothing: give more than 0")
     source = under(regime, trace, plan.policy if plan else "")
-    step = recomputed(source, plan)
+    step = encoded(recomputed(source, plan), plan)
     moves = resolve(plan, step)
     chosen = offers_of(plan, step, hardware.peak("float32"))
     trace = with_workspaces(step, chosen)

@@ -88,7 +88,8 @@ def _shape_of_work(
         return (int(prod(sizes)) if sizes else int(widest.shape[-1]),)
     if kernel == "pool":
         window = next((a for a in args if isinstance(a, list | tuple) and a and isinstance(a[0], int)), ())
-        return (int(prod(window)) if "adaptive" not in name else 0,)
+        pixels = int(prod(window)) if "adaptive" not in name else 0
+        return (pixels, *_windows(args, made[0])) if name == "max_pool2d_with_indices" else (pixels,)
     if kernel == "reduce":
         if "softmax" in name:
             dim = next((a for a in args if isinstance(a, int) and not isinstance(a, bool)), -1)
@@ -112,6 +113,21 @@ def _run(tensors: list[torch.Tensor]) -> int:
             break
         run *= int(last.shape[d])
     return run
+
+
+def _windows(args: Any, out: Any) -> tuple[int, int]:
+    """How far a window's last pixel is from its first, and the last window from the first, in elements of a plane."""
+
+    def two(place: int, default: Any) -> tuple[int, int]:
+        given = args[place] if len(args) > place and args[place] not in ([], ()) else default
+        sizes = [given] if isinstance(given, int) else list(given)
+        return sizes[0], sizes[-1]
+
+    size, width = two(1, 1), args[0].shape[-1]
+    step, dilation = two(2, size), two(4, 1)
+    rows, columns = out.shape[-2:]
+    reach = (size[0] - 1) * dilation[0] * width + (size[1] - 1) * dilation[1]
+    return int(reach), int((rows - 1) * step[0] * width + (columns - 1) * step[1])
 
 
 def _recurrent(name: str, args: Any) -> tuple[Kernel, tuple[int, ...], int]:

@@ -3,7 +3,19 @@
 from vdnn.values.algorithms import AlgorithmTable, algorithm_table, table_ids
 from vdnn.values.codec import dumps, fingerprint, load, loads, save
 from vdnn.values.hardware import Efficiency, Hardware, Peak, Source, hardware, preset_ids
-from vdnn.values.plan import OUTSIDE, Action, ConvChoice, Entry, Keep, Offload, Plan, Point, Recompute, SavedName
+from vdnn.values.plan import (
+    OUTSIDE,
+    Action,
+    ConvChoice,
+    Encode,
+    Entry,
+    Keep,
+    Offload,
+    Plan,
+    Point,
+    Recompute,
+    SavedName,
+)
 from vdnn.values.recipe import USUAL, Recipe
 from vdnn.values.result import PeakItem, Provenance, RunResult
 from vdnn.values.timeline import STREAMS, MemoryEvent, Span, Stall, Timeline
@@ -18,6 +30,7 @@ __all__ = [
     "Category",
     "ConvChoice",
     "Efficiency",
+    "Encode",
     "Entry",
     "Hardware",
     "Keep",

@@ -16,8 +16,21 @@ from typing import Literal
 
 from vdnn.errors import FormatError
 from vdnn.values.codec import fingerprint, record, value
+from vdnn.values.codes import CODES, ITEM_BYTES, Code, code_bytes, exact, fits
 
-__all__ = ["OUTSIDE", "Action", "ConvChoice", "Entry", "Keep", "Offload", "Plan", "Point", "Recompute", "SavedName"]
+__all__ = [
+    "OUTSIDE",
+    "Action",
+    "ConvChoice",
+    "Encode",
+    "Entry",
+    "Keep",
+    "Offload",
+    "Plan",
+    "Point",
+    "Recompute",
+    "SavedName",
+]
 
 # The module FQN of tensors that are packed outside every module of the model, such as the loss's.
 OUTSIDE = "<outside>"
@@ -108,7 +121,24 @@ class Recompute:
     action: Literal["recompute"] = "recompute"
 
 
-Action = Keep | Offload | Recompute
+@dataclass(frozen=True, slots=True)
+class Encode:
+    """A code stands for the storage until backward asks; no gradient differs by a bit. `why` says the reason.
+
+    The code (`vdnn.values.codes`) is made when the first of the saved tensors is packed, and the engine holds nothing
+    else of the storage. At the first unpack a storage of the same form is made from it. With `release_at` the code
+    itself is offloaded: it leaves and comes back at the three points as `Offload` says. "" keeps it on the device.
+    """
+
+    how: Code
+    why: str = ""
+    release_at: str = ""
+    prefetch_at: str = ""
+    wait_at: str = ""
+    action: Literal["encode"] = "encode"
+
+
+Action = Keep | Offload | Recompute | Encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +147,7 @@ class Entry:
 
     saved: tuple[SavedName, ...]
     storage_bytes: int
-    action: Keep | Offload | Recompute
+    action: Keep | Offload | Recompute | Encode
 
 
 @record
@@ -160,8 +190,8 @@ class Plan:
 
     @property
     def offloaded_bytes(self) -> int:
-        """Bytes that leave the device in one step, whole storages counted."""
-        return sum(_moved(e) for e in self.entries if isinstance(e.action, Offload))
+        """Bytes that leave the device in one step: whole storages, or their codes."""
+        return sum(map(_moved, self.entries))
 
     def fingerprint(self) -> str:
         """Sixteen hex digits that equal plans share."""
@@ -183,12 +213,9 @@ class Plan:
                     raise FormatError(f"saved tensor {name} is in two entries")
                 seen.add(key)
             if isinstance(entry.action, Offload):
-                action = entry.action
-                if Point.parse(action.release_at).kind == "unpack":
-                    raise FormatError(f"{entry.saved[0]}: release_at {action.release_at!r} is not in forward")
-                for text in (action.prefetch_at, action.wait_at):
-                    if text and Point.parse(text).kind != "unpack":
-                        raise FormatError(f"{entry.saved[0]}: {text!r} is not in backward")
+                _check_points(entry, entry.action)
+            if isinstance(entry.action, Encode):
+                _check_code(entry, entry.action)
             if isinstance(entry.action, Recompute):
                 again = entry.action
                 if bool(again.through) is not bool(again.source):
@@ -197,10 +224,48 @@ class Plan:
                     Point.parse(f"end {text}")
                 if again.source and Point.parse(f"pack {again.source}").kind != "pack":
                     raise FormatError(f"{entry.saved[0]}: source {again.source!r} is no saved tensor")
+        lossy = {
+            str(name)
+            for entry in self.entries
+            if isinstance(entry.action, Encode) and not exact(entry.action.how)
+            for name in entry.saved
+        }
+        for entry in self.entries:
+            if isinstance(entry.action, Recompute) and entry.action.source in lossy:
+                source = entry.action.source
+                raise FormatError(f"{entry.saved[0]} comes again from {source}, of which only a code is kept")
         if self.min_bytes < 0 or self.max_inflight_bytes < 0:
             raise FormatError("min_bytes and max_inflight_bytes must not be negative")
 
 
+def _check_code(entry: Entry, action: Encode) -> None:
+    name = entry.saved[0]
+    if action.how not in CODES:
+        raise FormatError(f"{name}: there is no code {action.how!r}; there are {', '.join(CODES)}")
+    dtypes = {saved.dtype for saved in entry.saved}
+    if len(dtypes) > 1 or not fits(action.how, name.dtype):
+        raise FormatError(f"{name}: the code {action.how!r} is not for {', '.join(sorted(dtypes))}")
+    if not action.release_at:
+        if action.prefetch_at or action.wait_at:
+            raise FormatError(f"{name}: its code comes back, but never leaves: give release_at, too")
+    elif action.how == "shape":
+        raise FormatError(f"{name}: nothing is kept of it, so there is nothing to offload")
+    else:
+        _check_points(entry, action)
+
+
+def _check_points(entry: Entry, action: Offload | Encode) -> None:
+    if Point.parse(action.release_at).kind == "unpack":
+        raise FormatError(f"{entry.saved[0]}: release_at {action.release_at!r} is not in forward")
+    for text in (action.prefetch_at, action.wait_at):
+        if text and Point.parse(text).kind != "unpack":
+            raise FormatError(f"{entry.saved[0]}: {text!r} is not in backward")
+
+
 def _moved(entry: Entry) -> int:
-    assert isinstance(entry.action, Offload)
-    return entry.storage_bytes if entry.action.whole else sum(name.nbytes for name in entry.saved)
+    action = entry.action
+    if isinstance(action, Offload):
+        return entry.storage_bytes if action.whole else sum(name.nbytes for name in entry.saved)
+    if isinstance(action, Encode) and action.release_at:
+        return code_bytes(action.how, entry.storage_bytes // ITEM_BYTES[entry.saved[0].dtype])
+    return 0
