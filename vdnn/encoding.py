@@ -80,10 +80,10 @@ class _Rewriting:
         n = elements_of(trace, storage, dtype)
         # the result of the op before is packed inside that op's call, an op's input before the op
         late = not first[0] or storage not in trace.ops[first[0] - 1].writes
-        made = _Maker(self, _Block(first, late, []), "forward", trace.saved[group[0]].module, dtype)
+        made = _Maker(self, _Block(first, late, []), "forward", trace.saved[group[0]].module, dtype, n)
         again = None
         if need is not None:
-            again = _Maker(self, _Block(need[0], True, []), "backward", trace.saved[need[1]].module, dtype)
+            again = _Maker(self, _Block(need[0], True, []), "backward", trace.saved[need[1]].module, dtype, n)
         code = self.code[storage] = self._code(made, action, storage, n)
         if again is not None:
             self.back[storage] = self._decode(again, action, storage, code, n)
@@ -232,7 +232,7 @@ class _Rewriting:
 class _Maker:
     """Puts ops and storages into one block."""
 
-    def __init__(self, owner: _Rewriting, block: _Block, phase: Phase, module: int, dtype: str) -> None:
+    def __init__(self, owner: _Rewriting, block: _Block, phase: Phase, module: int, dtype: str, elements: int) -> None:
         self.owner = owner
         self.block = block
         self.number = len(owner.blocks)
@@ -240,12 +240,13 @@ class _Maker:
         self.phase = phase
         self.module = module
         self.dtype = dtype
+        self.elements = elements
 
     def op(
         self, name: str, kernel: Kernel, reads: tuple[int, ...], writes: tuple[int, ...], read: int, written: int
     ) -> int:
         """An op; its place in the block."""
-        elements = max(read, written)
+        elements = min(self.elements, max(read, written))
         self.block.ops.append(
             Op(
                 name,
