@@ -19,6 +19,7 @@ LAYERS = {
     "values": 1,
     "snapshots": 1,
     "moments": 2,
+    "tensorwise": 2,
     "liveness": 2,
     "synthetic": 2,
     "torch7": 2,

@@ -217,9 +217,11 @@ def run(
         DeviceOutOfMemory: the virtual device's memory is spent.
     """
     from vdnn.models import checkpointed
-    from vdnn.policies import model_options
+    from vdnn.policies import model_options, must_run
     from vdnn.training import find_place, run_policies
 
+    if policy:
+        must_run(policy)
     place, machine = find_place(device), named_hardware(hardware)
     kind = "cuda" if place == "cuda" else "cpu"
     trace = capture(work, precision=precision, optimizer=optimizer, device=kind)
@@ -275,9 +277,11 @@ def wrap(
     from vdnn.deciding import Decider, machine_of, recompute_blocks
     from vdnn.engine import CudaDevice, Schedule, wrap_model
     from vdnn.planner import BUDGETED
-    from vdnn.policies import model_options
+    from vdnn.policies import model_options, must_run
     from vdnn.units import parse_size
 
+    if policy:
+        must_run(policy)
     given = [name for name, value in (("policy", policy), ("plan", plan), ("budget", budget)) if value]
     if len(given) > 1 and (plan is not None or policy not in BUDGETED):
         raise UsageError(f"{' and '.join(given)} are both given: a model is wrapped by one of them")
@@ -347,9 +351,9 @@ def offload(
     """
     from vdnn.deciding import rule_for
     from vdnn.engine import CudaDevice, offloading
-    from vdnn.policies import find
+    from vdnn.policies import must_run
 
-    find(policy)
+    must_run(policy)
     return offloading(device or CudaDevice(), rule_for(policy, _options(options)), model)
 
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from vdnn.moments import MOVABLE, Move
+from vdnn.moments import MOVABLE, Move, released_at
 from vdnn.values.result import PeakItem
 from vdnn.values.trace import Trace
 
@@ -44,12 +44,12 @@ class Peak:
 def _stays(trace: Trace, moves: Sequence[Move]) -> list[_Stay]:
     """Every storage's stay, then those of the fetched buffers."""
     stays = [(s.alloc if s.alloc > 0 else 0, s.free, s.nbytes, i) for i, s in enumerate(trace.storages)]
+    for storage, position in released_at(moves).items():
+        s = trace.storages[storage]
+        stays[storage] = (max(s.alloc, 0), min(max(position, s.release), s.free), s.nbytes, storage)
     for move in moves:
-        s = trace.storages[move.storage]
-        gone = min(max(move.release[0], s.release), s.free)
-        stays[move.storage] = (max(s.alloc, 0), gone, s.nbytes, move.storage)
-        if move.fetch is not None and move.fetch[0] < s.free:
-            stays.append((move.fetch[0], s.free, move.nbytes, move.storage))
+        if move.fetch is not None and move.fetch[0] < move.until:
+            stays.append((move.fetch[0], move.until, move.nbytes, move.storage))
     return stays
 
 
@@ -105,7 +105,7 @@ def host_bytes(trace: Trace, moves: Sequence[Move]) -> list[int]:
     change = [0] * (len(trace.ops) + 2)
     for move in moves:
         change[move.out[0]] += move.nbytes
-        change[max(trace.storages[move.storage].free, move.out[0] + 1)] -= move.nbytes
+        change[move.host_until] -= move.nbytes
     return list(accumulate(change[:-1]))
 
 

@@ -14,13 +14,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from vdnn.errors import PlanMismatchError
+from vdnn.tensorwise import trips
 from vdnn.values.codes import ITEM_BYTES, code_bytes
-from vdnn.values.plan import OUTSIDE, Encode, Entry, Offload, Plan, Point, SavedName
+from vdnn.values.plan import OUTSIDE, Copy, Encode, Entry, Offload, Plan, Point, SavedName
 from vdnn.values.trace import SavedTensor, Trace
 
-__all__ = ["MOVABLE", "Moment", "Move", "Points", "extent", "resolve"]
+__all__ = ["MOVABLE", "Moment", "Move", "Points", "extent", "released_at", "resolve"]
 
 Moment = tuple[int, int]
 # Parameters, buffers, gradients and optimizer states are not vdnn's to move.
@@ -34,6 +36,10 @@ class Move:
     `saved` is the tensor it is named by, `entry` its place in the plan. `fetch` is None for what backward
     never asks for; `on_demand` says that the fetch happens at `need`. `wait` is a moment before `need` at
     which the compute stream already waits for the copy.
+
+    The copy back's buffer goes at position `until`, the host's at `host_until`. `lane` says which streams copy: a
+    "pair" of one each way, "compute" itself, or one "side" stream for both ways, where a copy back starts only when
+    compute has come to position `behind` (-1: at once). `frees` is False where something else holds the storage.
     """
 
     storage: int
@@ -46,6 +52,11 @@ class Move:
     on_demand: bool
     wait: Moment | None
     need: Moment | None
+    until: int
+    host_until: int
+    lane: Literal["pair", "compute", "side"] = "pair"
+    behind: int = -1
+    frees: bool = True
 
 
 class Points:
@@ -195,7 +206,7 @@ def resolve(plan: Plan | None, trace: Trace, points: Points | None = None) -> tu
                 raise PlanMismatchError(
                     f"the plan's entry of {entry.saved[0]} holds {points.names[i]}, which is in another storage here"
                 )
-        if storage in taken:
+        if storage in taken and plan.copies is None:
             raise PlanMismatchError(
                 f"{entry.saved[0]} shares its storage with {plan.entries[taken[storage]].saved[0]}, another entry"
             )
@@ -216,6 +227,8 @@ def resolve(plan: Plan | None, trace: Trace, points: Points | None = None) -> tu
                     "which shares its storage"
                 )
             moves += _moves(points, number, entry, entry.action, storage, sorted(tensors), nbytes)
+    if plan.copies is not None:
+        moves += _copies(plan, plan.copies, points, by_storage)
     if plan.default == "offload":
         for storage, tensors in by_storage.items():
             s = trace.storages[storage]
@@ -257,5 +270,44 @@ def _moves(
         early = wait is not None and fetch is not None and fetch < wait and (need is None or wait < need)
         out = min(points.pack(i) for i in group)
         early_wait = wait if early else None
-        moves.append(Move(storage, group[0], nbytes, number, out, release, fetch, on_demand, early_wait, need))
+        s = points.trace.storages[storage]
+        lives = (s.free, max(s.free, out[0] + 1))
+        moves.append(Move(storage, group[0], nbytes, number, out, release, fetch, on_demand, early_wait, need, *lives))
     return moves
+
+
+def _copies(plan: Plan, how: Copy, points: Points, by_storage: dict[int, list[int]]) -> list[Move]:
+    """Moves of a plan that copies saved tensor by saved tensor; a storage goes if all that is saved of it is copied."""
+    entry_of = {points.find(e.saved[0]): n for n, e in enumerate(plan.entries) if isinstance(e.action, Copy)}
+    moves = []
+    for trip in trips(points, entry_of, how):
+        t = points.trace.saved[trip.saved]
+        moves.append(
+            Move(
+                t.storage,
+                trip.saved,
+                t.nbytes,
+                entry_of[trip.saved],
+                trip.out,
+                trip.release,
+                trip.fetch,
+                on_demand=trip.fetch is not None,
+                wait=None,
+                need=trip.fetch,
+                until=trip.until,
+                host_until=trip.host_until,
+                lane=how.stream,
+                behind=trip.behind,
+                frees=entry_of.keys() >= set(by_storage[t.storage]),
+            )
+        )
+    return moves
+
+
+def released_at(moves: Sequence[Move]) -> dict[int, int]:
+    """Storages that the moves let go of, and at which position the last of them does."""
+    found: dict[int, int] = {}
+    for move in moves:
+        if move.frees:
+            found[move.storage] = max(found.get(move.storage, 0), move.release[0])
+    return found

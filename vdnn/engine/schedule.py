@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from vdnn.errors import EngineError, PlanMismatchError
-from vdnn.values.plan import Action, Encode, Keep, Offload, Plan, Point, Recompute, SavedName
+from vdnn.values.plan import Action, Copy, Encode, Keep, Offload, Plan, Point, Recompute, SavedName
 
 __all__ = ["NOTHING", "CallSchedule", "Rule", "Schedule", "Slot"]
 
@@ -87,7 +87,7 @@ class Schedule:
 
     Raises:
         PlanMismatchError: a point of the plan names nothing that can be observed.
-        EngineError: the plan computes feature maps again and does not say by which modules.
+        EngineError: the plan computes feature maps again and does not say by which modules, or copies tensor by tensor.
     """
 
     def __init__(self, plan: Plan | None, rule: Rule | None = None) -> None:
@@ -108,6 +108,12 @@ class Schedule:
             )
         if any(isinstance(action, Encode) for action in actions):
             raise EngineError("the plan encodes feature maps, which only the simulator does: plan without codes")
+        if any(isinstance(action, Copy) for action in actions):
+            assert plan is not None
+            raise EngineError(
+                f"the plan of {plan.policy} copies saved tensor by saved tensor as {plan.policy} does, which only the "
+                "simulator does: use vdnn-all, or run that library itself"
+            )
         self.idle = not rule.offload and all(isinstance(action, Keep) for action in actions)
         if plan is None:
             return

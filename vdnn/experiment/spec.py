@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vdnn.errors import FormatError, UsageError, unknown_name
-from vdnn.policies import Options, find
+from vdnn.policies import Options, find, must_run
 from vdnn.reporting import result_row
 from vdnn.values import RunResult, hardware
 
@@ -239,7 +239,7 @@ def _section(kind: Any, table: Any, where: str) -> Section:
     Options(**asked).check()
     policies = list(dict.fromkeys(["none", *read["policies"]]))
     for policy in policies:
-        find(str(policy))
+        (must_run if kind == "run" else find)(str(policy))
     cases = []
     for model, batch, gpu, precision in product(read["models"], read["batches"], read["gpus"], read["precisions"]):
         hardware(str(gpu))

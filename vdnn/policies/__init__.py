@@ -9,6 +9,7 @@ from vdnn.policies import (
     chen_sqrt_n,
     encode,
     none,
+    peers,
     recompute,
     vdnn_all,
     vdnn_conv,
@@ -17,7 +18,7 @@ from vdnn.policies import (
 )
 from vdnn.policies.checkpoint import recomputed_blocks
 from vdnn.policies.options import Options
-from vdnn.policies.registry import Policy, decide, distinct, find, model_options, names
+from vdnn.policies.registry import Policy, decide, distinct, find, model_options, must_run, names
 from vdnn.policies.remarks import remarks
 
 __all__ = [
@@ -31,8 +32,10 @@ __all__ = [
     "encode",
     "find",
     "model_options",
+    "must_run",
     "names",
     "none",
+    "peers",
     "recompute",
     "recomputed_blocks",
     "remarks",

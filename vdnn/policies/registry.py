@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from vdnn.errors import unknown_name
+from vdnn.errors import UsageError, unknown_name
 from vdnn.policies.algorithms import with_algorithms
 from vdnn.policies.options import Options
 from vdnn.torch7 import under
@@ -13,22 +13,42 @@ from vdnn.values.hardware import Hardware
 from vdnn.values.plan import Plan
 from vdnn.values.trace import Trace
 
-__all__ = ["Policy", "decide", "distinct", "find", "model_options", "names", "register"]
+__all__ = ["Policy", "decide", "distinct", "find", "model_options", "must_run", "names", "register"]
 
 Policy = Callable[[Trace, Hardware, Options], Plan]
 _POLICIES: dict[str, Policy] = {}
 _MODEL_OPTIONS: dict[str, dict[str, str]] = {}
+_NOT_OURS: set[str] = set()
 
 
-def register(name: str, **model_options: str) -> Callable[[Policy], Policy]:
-    """Make a policy known by a name, with the model options that its step must be captured with."""
+def register(name: str, engine: bool = True, **model_options: str) -> Callable[[Policy], Policy]:
+    """Make a policy known by a name, with the model options that its step must be captured with.
+
+    `engine` False says that it is another library's way, which is simulated and never run.
+    """
 
     def add(policy: Policy) -> Policy:
         _POLICIES[name] = policy
         _MODEL_OPTIONS[name] = model_options
+        if not engine:
+            _NOT_OURS.add(name)
         return policy
 
     return add
+
+
+def must_run(name: str) -> None:
+    """Check that the engine can be asked for a policy.
+
+    Raises:
+        UsageError: no such policy, or one that is only simulated.
+    """
+    find(name)
+    if name in _NOT_OURS:
+        raise UsageError(
+            f"policy {name} is another library's way to offload, which vdnn only simulates: compare with it by "
+            f"`vdnn compare MODEL --gpu ID --policy vdnn-all --policy {name}`, or run that library itself"
+        )
 
 
 def model_options(name: str) -> dict[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from vdnn.values import Hardware, Offload, Plan, Trace
+from vdnn.values import Copy, Hardware, Offload, Plan, Trace
 
 __all__ = [
     "LayerShare",
@@ -150,6 +150,8 @@ def plan_rows(plan: Plan) -> tuple[PlanRow, ...]:
             moved = nbytes if action.whole else sum(name.nbytes for name in entry.saved)
             points = (action.release_at, action.prefetch_at, action.wait_at)
             found.append(PlanRow(module, str(first), action.action, nbytes, moved, *points, ""))
+        elif isinstance(action, Copy):
+            found.append(PlanRow(module, str(first), action.action, nbytes, first.nbytes, "", "", "", ""))
         else:
             found.append(PlanRow(module, str(first), action.action, nbytes, 0, "", "", "", action.why))
     return tuple(found)
@@ -182,7 +184,7 @@ def layer_shares(plan: Plan, trace: Trace) -> tuple[LayerShare, ...]:
             call = trace.modules[tensor.module]
             entry = decided.get((call.fqn, call.call, tensor.index))
         if entry is not None:
-            moves = isinstance(entry.action, Offload)
+            moves = isinstance(entry.action, Offload | Copy)
         else:
             moves = plan.default == "offload" and storage.nbytes >= plan.min_bytes and not storage.held
         sums = layers.setdefault(trace.module_name(tensor.module), [0, 0])

@@ -49,7 +49,7 @@ def step_snapshot(
             piece = call if call >= 0 else ~call
             allocator.context = str(piece)
             if call >= 0:
-                addresses[piece] = allocator.malloc(script.sizes[piece])
+                addresses[piece] = allocator.malloc(script.sizes[piece], script.streams.get(piece, 0))
             else:
                 allocator.free(addresses[piece])
             positions += [position] * (len(history) - len(positions))

@@ -4,8 +4,9 @@
                        what the plan does: at a release the storage goes, at a fetch its new buffer is made
     at the op there    make its storages, in order, then its workspace; free the workspace
 
-All of it happens on the compute stream: a fetched buffer is made there, and a storage is released after compute
-has waited for its copy out. So no block waits for another stream, and only program order decides.
+A fetched buffer is made on the compute stream, and a storage is released after compute has waited for its copy out; so
+no block waits for another stream, and only program order decides. A buffer of one side stream for both ways is made on
+that stream, from blocks of its own, and freed when that stream has waited for compute.
 
 The step runs once, from an allocator that holds what was there before it. What an earlier step may have cached in
 other places, and what CUDA itself takes, are not in it.
@@ -17,12 +18,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vdnn.errors import DeviceOutOfMemory
-from vdnn.moments import Move
+from vdnn.moments import Move, released_at
 from vdnn.sim.allocator import AddressSpace, AllocatorOptions, CachingAllocator
 from vdnn.sim.program import FETCH, RELEASE, actions
 from vdnn.values.trace import Trace
 
 __all__ = ["Script", "StepMemory", "step_memory"]
+
+SIDE = 1  # the stream that a hook of torchtune makes its buffers on
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,7 @@ class Script:
     sizes: list[int]
     calls: list[int]
     positions: list[int]
+    streams: dict[int, int]
 
     @staticmethod
     def of(trace: Trace, moves: Sequence[Move]) -> Script:
@@ -45,14 +49,16 @@ class Script:
         sizes = [s.nbytes for s in trace.storages]
         sizes += [move.nbytes for move in moves]
         sizes += [op.workspace_bytes for op in trace.ops]
-        release_of = {move.storage: move.release[0] for move in moves}
+        release_of = released_at(moves)
         releases = dict.fromkeys(release_of, 0)
         for move in moves:
-            releases[move.storage] += 1
+            if move.frees:
+                releases[move.storage] += 1
         made: list[list[int]] = [[] for _ in range(n + 1)]
         gone: list[list[int]] = [[] for _ in range(n + 1)]
         acted: list[list[int]] = [[] for _ in range(n + 1)]
         calls: list[int] = []
+        streams: dict[int, int] = {}
         for i, s in enumerate(trace.storages):
             end, by_action = s.free, False
             if i in release_of:
@@ -74,11 +80,11 @@ class Script:
                 releases[move.storage] -= 1
                 if not releases[move.storage]:  # the storage goes with the last of its views
                     acted[action.position].append(~move.storage)
-            elif action.kind == FETCH and move.nbytes:
-                free = trace.storages[move.storage].free
-                if action.position < free:
-                    acted[action.position].append(storages + action.move)
-                    gone[free].append(~(storages + action.move))
+            elif action.kind == FETCH and move.nbytes and action.position < move.until:
+                acted[action.position].append(storages + action.move)
+                gone[move.until].append(~(storages + action.move))
+                if move.lane == "side":
+                    streams[storages + action.move] = SIDE
         gone[n].clear()  # that outlives the step
         positions = [-1] * len(calls)
         for p in range(n + 1):
@@ -87,7 +93,7 @@ class Script:
                 here += (workspaces + p, ~(workspaces + p))
             calls += here
             positions += [p] * len(here)
-        return Script(sizes, calls, positions)
+        return Script(sizes, calls, positions, streams)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,13 +141,13 @@ def step_memory(
 
 def _play(script: Script, allocator: CachingAllocator) -> tuple[int, str] | None:
     """Make every call; the number of the one that fails, and what the allocator says."""
-    malloc, free, sizes = allocator.malloc, allocator.free, script.sizes
+    malloc, free, sizes, streams = allocator.malloc, allocator.free, script.sizes, script.streams
     addresses = [0] * len(sizes)
     made = 0
     try:
         for piece in script.calls:
             if piece >= 0:
-                addresses[piece] = malloc(sizes[piece])
+                addresses[piece] = malloc(sizes[piece], streams.get(piece, 0))
             else:
                 free(addresses[~piece])
             made += 1

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
-from vdnn.moments import Move, Points
+from vdnn.moments import Move, Points, released_at
 from vdnn.sim.copies import CopyStreams
 from vdnn.sim.program import FETCH, OUT, RELEASE
 from vdnn.values.timeline import STREAMS, MemoryEvent, Span, Stall, Timeline
@@ -37,9 +37,9 @@ class Recorder:
         n = len(trace.ops)
         self._allocs: list[list[tuple[int, str]]] = [[] for _ in range(n + 1)]
         self._frees: list[list[tuple[int, str, _Place]]] = [[] for _ in range(n + 2)]
-        self._releases = Counter(move.storage for move in moves)  # releases still to come, by storage
+        self._releases = Counter(move.storage for move in moves if move.frees)  # releases still to come, by storage
         self._goes_at_release: set[int] = set()
-        release_of = {move.storage: move.release[0] for move in moves}
+        release_of = released_at(moves)
         for i, s in enumerate(trace.storages):
             if s.alloc >= 0:
                 self._allocs[s.alloc].append((s.nbytes, s.category))
@@ -50,9 +50,9 @@ class Recorder:
                 self._frees[gone].append((s.nbytes, s.category, "device"))
         for move in moves:
             s = trace.storages[move.storage]
-            self._frees[max(s.free, move.out[0] + 1)].append((move.nbytes, s.category, "host"))
-            if move.fetch is not None and move.fetch[0] < s.free:
-                self._frees[s.free].append((move.nbytes, s.category, "device"))
+            self._frees[move.host_until].append((move.nbytes, s.category, "host"))
+            if move.fetch is not None and move.fetch[0] < move.until:
+                self._frees[move.until].append((move.nbytes, s.category, "device"))
 
     def reach(self, position: int, now: int) -> None:
         """What nobody holds any more at this position."""
@@ -86,9 +86,9 @@ class Recorder:
         s = self._trace.storages[move.storage]
         if kind == OUT:
             self._event(now, position, move.nbytes, s.category, "host")
-        elif kind == FETCH and position < s.free:
+        elif kind == FETCH and position < move.until:
             self._event(now, position, move.nbytes, s.category, "device")
-        elif kind == RELEASE:
+        elif kind == RELEASE and move.frees:
             self._releases[move.storage] -= 1
             if move.storage in self._goes_at_release and not self._releases[move.storage]:
                 self._event(now, position, -s.nbytes, s.category, "device")

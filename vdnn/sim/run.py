@@ -7,6 +7,10 @@
         FETCH   submit the copy back, to start after what compute has done so far and after its copy out
         WAIT    compute waits for the copy back
 
+A copy of lane "compute" is waited for where it is issued, both ways: that is what it costs among the kernels. One of
+lane "side" comes after the copy before it, whichever way that went, and back it waits for compute to have come to a
+position of its own instead of here: so it starts as soon as the host, which runs ahead, has issued it.
+
 The host never waits for the device. What compute waits for copies is a stall; what it waits for the host is
 launch-bound time, which is counted apart.
 """
@@ -45,7 +49,8 @@ def run(
     launch = hardware.launch_ns
     copies = CopyStreams(hardware, 2 * len(moves))  # copy 2·i takes move i out, 2·i + 1 brings it back
     program = actions(moves)
-    marks = {trace.forward_end: 0, trace.backward_end: 0}
+    marks = {trace.forward_end: 0, trace.backward_end: 0} | {move.behind: 0 for move in moves if move.behind >= 0}
+    last = -1  # the copy before, where one stream carries both ways
     host = now = stalled = idle = here = 0
     if recorder is not None:
         recorder.reach(0, 0)
@@ -76,10 +81,18 @@ def run(
         copy = 2 * index
         if kind == OUT:
             host += launch
-            copies.submit(copy, OUT_WAY, move.nbytes, max(now, host))
+            if move.lane == "side":
+                copies.submit(copy, OUT_WAY, move.nbytes, max(now, host), last)
+                last = copy
+            else:
+                copies.submit(copy, OUT_WAY, move.nbytes, max(now, host))
         elif kind == FETCH:
             host += launch
-            copies.submit(copy + 1, BACK, move.nbytes, max(now, host), copy)
+            if move.lane == "side":
+                copies.submit(copy + 1, BACK, move.nbytes, max(marks.get(move.behind, 0), host), last)
+                last = copy + 1
+            else:
+                copies.submit(copy + 1, BACK, move.nbytes, max(now, host), copy)
         else:
             end = copies.end_of(copy if kind == RELEASE else copy + 1)
             if end > now:

@@ -25,6 +25,7 @@ from vdnn.liveness import host_bytes, op_text, peak
 from vdnn.moments import Move, resolve
 from vdnn.recomputing import recomputed
 from vdnn.sim.allocator_step import StepMemory, step_memory
+from vdnn.sim.pinned import pinned_bytes
 from vdnn.sim.pool import run_pool
 from vdnn.sim.recorder import Recorder
 from vdnn.sim.run import run
@@ -68,6 +69,10 @@ def simulate_step(
     memory = step_memory(trace, moves, capacity) if trace.device != "cpu" and regime == "pytorch" else None
     fits = memory.fits if memory else most.nbytes <= capacity
     notes = list(plan.notes if plan else ())
+    copied_bytes = max(host_bytes(trace, moves), default=0)
+    pinned = pinned_bytes(moves) if plan is not None and plan.copies is not None else copied_bytes
+    if pinned > copied_bytes:
+        notes.append(f"pins {format_bytes(pinned)} for {format_bytes(copied_bytes)}: torch rounds to powers of two")
     notes += _pool_notes(trace, moves, capacity) if regime == "paper" else _memory_notes(trace, memory, capacity)
     if times.launch_idle_ns > times.total_ns // 100:
         notes.append(f"compute waits {format_ns(times.launch_idle_ns)} for the host to issue ops; not counted as stall")
@@ -89,7 +94,7 @@ def simulate_step(
         stall_ns=times.stall_ns,
         offloaded_bytes=sum(move.nbytes for move in moves),
         prefetched_bytes=sum(move.nbytes for move in moves if move.fetch is not None),
-        host_peak_bytes=max(host_bytes(trace, moves), default=0),
+        host_peak_bytes=pinned,
         fits=fits,
         peak_at=op_text(trace, most.op),
         peak_items=most.items,

@@ -22,6 +22,7 @@ __all__ = [
     "OUTSIDE",
     "Action",
     "ConvChoice",
+    "Copy",
     "Encode",
     "Entry",
     "Keep",
@@ -138,16 +139,32 @@ class Encode:
     action: Literal["encode"] = "encode"
 
 
-Action = Keep | Offload | Recompute | Encode
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """One saved tensor is copied to the host by itself, and each copy back gets a buffer of its own: what hooks do.
+
+    `stream` "compute" puts the copies among the kernels; "side" on one stream for both ways, where a pack lets go of
+    what was packed `stash` or more packs before (vdnn.tensorwise). The simulator does this, the engine does not.
+    """
+
+    stream: Literal["compute", "side"]
+    stash: int = 0
+    action: Literal["copy"] = "copy"
+
+
+Action = Keep | Offload | Recompute | Encode | Copy
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """The action for one storage, known to the engine by the saved tensors that live in it."""
+    """The action for one storage, known to the engine by the saved tensors that live in it.
+
+    A plan of `Copy` actions has an entry for each saved tensor instead.
+    """
 
     saved: tuple[SavedName, ...]
     storage_bytes: int
-    action: Keep | Offload | Recompute | Encode
+    action: Keep | Offload | Recompute | Encode | Copy
 
 
 @record
@@ -190,8 +207,13 @@ class Plan:
 
     @property
     def offloaded_bytes(self) -> int:
-        """Bytes that leave the device in one step: whole storages, or their codes."""
+        """Bytes that leave the device in one step: whole storages, their codes, or each saved tensor by itself."""
         return sum(map(_moved, self.entries))
+
+    @property
+    def copies(self) -> Copy | None:
+        """How it copies, if it is a plan that copies saved tensor by saved tensor."""
+        return next((entry.action for entry in self.entries if isinstance(entry.action, Copy)), None)
 
     def fingerprint(self) -> str:
         """Sixteen hex digits that equal plans share."""
@@ -234,8 +256,21 @@ class Plan:
             if isinstance(entry.action, Recompute) and entry.action.source in lossy:
                 source = entry.action.source
                 raise FormatError(f"{entry.saved[0]} comes again from {source}, of which only a code is kept")
+        self._check_copies()
         if self.min_bytes < 0 or self.max_inflight_bytes < 0:
             raise FormatError("min_bytes and max_inflight_bytes must not be negative")
+
+    def _check_copies(self) -> None:
+        how = self.copies
+        if how is None:
+            return
+        if how.stash < 0 or (how.stash > 0) is not (how.stream == "side"):
+            raise FormatError(f"a stash of {how.stash} on the {how.stream} stream: it is 1 or more on a side stream")
+        for entry in self.entries:
+            if not isinstance(entry.action, Keep) and entry.action != how:
+                raise FormatError(f"{entry.saved[0]}: a plan that copies every saved tensor does so in one way alone")
+            if len(entry.saved) != 1:
+                raise FormatError(f"{entry.saved[0]}: a plan that copies every saved tensor has an entry for each")
 
 
 def _check_code(entry: Entry, action: Encode) -> None:
@@ -268,4 +303,4 @@ def _moved(entry: Entry) -> int:
         return entry.storage_bytes if action.whole else sum(name.nbytes for name in entry.saved)
     if isinstance(action, Encode) and action.release_at:
         return code_bytes(action.how, entry.storage_bytes // ITEM_BYTES[entry.saved[0].dtype])
-    return 0
+    return sum(name.nbytes for name in entry.saved) if isinstance(action, Copy) else 0
