@@ -12,6 +12,7 @@ from vdnn.cli.replaying import replay
 from vdnn.cli.reproducing import reproduction
 from vdnn.cli.running import experiment, run
 from vdnn.cli.showing import list_names, report
+from vdnn.cli.starting import without_compiler
 from vdnn.errors import VdnnError
 
 __all__ = ["app", "main"]
@@ -22,12 +23,17 @@ for command in (run, capture, plan, simulate, compare, experiment, report, repla
 app.command("max-batch")(max_batch)
 app.command("list")(list_names)
 
+# commands that train nothing, so that torch needs no compiler
+_COMPUTE_NOTHING = ("capture", "plan", "simulate", "compare", "max-batch")
+
 
 def main() -> None:
     """Run the command line; a user's mistake is one sentence and an exit code, `--debug` shows the traceback."""
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    if arguments and arguments[0] in _COMPUTE_NOTHING:
+        without_compiler()
     try:
         app(arguments)
     except VdnnError as error:

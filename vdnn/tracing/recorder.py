@@ -7,10 +7,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vdnn.tracing.kernels import describe, touched_bytes
+from vdnn.tracing.shortcuts import shortcut
 from vdnn.values import Op
 
 __all__ = ["Recorder", "Store"]
@@ -36,14 +38,16 @@ class Store:
 
 
 _CLONE = torch.ops.aten.clone.default
+_DEVICE = torch.ops.prim.device.default
 
 
 class Recorder(TorchDispatchMode):
     """A dispatch mode above the fake one."""
 
-    def __init__(self, device: str, rules: dict[Any, Any]) -> None:
+    def __init__(self, device: str, rules: dict[Any, Any], mode: FakeTensorMode) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
+        self.mode = mode
         self.rules = rules  # ops that run otherwise than torch has it
         self.ops: list[Op] = []
         self.stores: list[Store] = []
@@ -84,12 +88,23 @@ class Recorder(TorchDispatchMode):
             del self._index[key]
         self.stores[number].free = len(self.ops)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled in a capture, and the wrapper that torch puts around would load its compiler
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE:
+            return args[0].fake_device if type(args[0]) is FakeTensor else func(*args)
         kwargs = kwargs or {}
         if func is _CLONE and self.node.startswith("Cudnn") and args[0].dtype is torch.uint8:
             return args[0]  # cuDNN's reserve is copied for a graph that is kept; without the engine every graph is
         rule = self.rules.get(func)
-        out = func(*args, **kwargs) if rule is None else rule(args)
+        if rule is not None:
+            out = rule(args)
+        else:
+            out = shortcut(self.mode, func, args, kwargs)
+            if out is None:
+                out = func(*args, **kwargs)
         if func is torch.ops.aten.native_batch_norm.default:
             out = _with_full_statistics(args, out)
         if not self.active or func.namespace == "prim":

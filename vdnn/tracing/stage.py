@@ -85,7 +85,7 @@ def undisturbed() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_as_written())
         for kind in before:
             torch.set_autocast_enabled(kind, False)
         try:
@@ -99,6 +99,21 @@ def undisturbed() -> Iterator[None]:
                 numpy.random.set_state(drawn[2])
             if on_gpu is not None:
                 torch.cuda.set_rng_state_all(on_gpu)
+
+
+@contextlib.contextmanager
+def _as_written() -> Iterator[None]:
+    """Compiled modules run as they were written, and what is compiled meanwhile is left as it is."""
+    if "torch._dynamo.eval_frame" in sys.modules:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:  # nothing is compiled yet, and asking for the stance would load the compiler
+
+        def unchanged(model: Any = None, **_: Any) -> Any:
+            return model if model is not None else lambda given: given
+
+        with mock.patch.object(torch, "compile", unchanged):
+            yield
 
 
 def make_optimizer(name: str, model: nn.Module, impl: str = "foreach") -> torch.optim.Optimizer | None:
@@ -214,8 +229,18 @@ def channels_last(model: nn.Module, given: Any) -> tuple[nn.Module, Any]:
     def changed(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
-    moved: nn.Module = model.to(memory_format=torch.channels_last)
-    return moved, tree_map_only(torch.Tensor, changed, given)
+    moved: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():  # `model.to` cannot exchange the data of a fake parameter
+        for key, parameter in list(module._parameters.items()):
+            if parameter is not None and parameter.dim() == 4:
+                if parameter not in moved:  # two modules may share one
+                    data = changed(parameter.detach())
+                    moved[parameter] = nn.Parameter(data, requires_grad=parameter.requires_grad)
+                setattr(module, key, moved[parameter])
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = changed(buffer)
+    return model, tree_map_only(torch.Tensor, changed, given)
 
 
 def short(error: BaseException) -> str:

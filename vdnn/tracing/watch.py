@@ -24,6 +24,7 @@ from vdnn.errors import CaptureError
 from vdnn.tracing.hooks import NotedHooks
 from vdnn.tracing.layers import layer_kind
 from vdnn.tracing.recorder import Recorder
+from vdnn.tracing.shortcuts import fake_view
 from vdnn.tracing.walk import Backward
 
 __all__ = ["Packed", "Watch"]
@@ -51,12 +52,13 @@ class Packed:
 class _StandIn:
     """What the pack hook hands to autograd: where the tensor is, not the tensor."""
 
-    __slots__ = ("__weakref__", "dtype", "offset", "saved", "shape", "store", "stride")
+    __slots__ = ("__weakref__", "dtype", "offset", "place", "saved", "shape", "store", "stride")
 
     def __init__(self, store: int, saved: int, tensor: torch.Tensor) -> None:
         self.store = store
         self.saved = saved
         self.dtype = tensor.dtype
+        self.place = tensor.device
         self.shape = tensor.shape
         self.stride = tensor.stride()
         self.offset = tensor.storage_offset()
@@ -80,7 +82,7 @@ class Watch:
         self.model = model
         self.device = device  # of the fake tensors
         self.recurrent = False
-        self.recorder = Recorder(device, rules)
+        self.recorder = Recorder(device, rules, mode)
         self.calls: list[list[Any]] = []
         self.saved: list[Packed] = []
         self.standins: list[weakref.ref[_StandIn] | None] = []
@@ -186,18 +188,13 @@ class Watch:
                 store.held = store.held or "output"
         elif store.restored is not None:
             storage = store.restored()
-        # the fake mode's dispatch cache would keep the storage that set_ is given
-        cached, self.mode.cache_enabled = self.mode.cache_enabled, False
-        try:
-            with torch.no_grad(), self.unseen():
-                if storage is None:
-                    storage = torch.empty(store.nbytes, dtype=torch.uint8, device=self.device).untyped_storage()
-                    rec.alias(storage, packed.store)
-                tensor = torch.empty(0, dtype=packed.dtype, device=self.device)
-                tensor.set_(storage, packed.offset, packed.shape, packed.stride)
-        finally:
-            self.mode.cache_enabled = cached
-        return tensor
+        if storage is None:
+            made = fake_view(
+                self.mode, store.nbytes, packed.place, packed.dtype, packed.offset, packed.shape, packed.stride
+            )
+            rec.alias(made.untyped_storage(), packed.store)
+            return made
+        return fake_view(self.mode, storage, packed.place, packed.dtype, packed.offset, packed.shape, packed.stride)
 
     # -- backward ----------------------------------------------------------------------------------
 
