@@ -347,8 +347,8 @@ def test_what_is_wrong_with_a_snapshot_is_said_in_one_sentence(folder, path, val
 
 def vdnn(*arguments: str) -> subprocess.CompletedProcess[str]:
     code = (
-        "import sys; from vdnn.cli.main import main\n"
-        "try:\n    main()\nfinally:\n    assert not {'torch', 'matplotlib'} & set(sys.modules)"
+        "import sys; from vdnn.cli.main import command_line\n"
+        "try:\n    command_line()\nfinally:\n    assert not {'torch', 'matplotlib'} & set(sys.modules)"
     )
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
 

@@ -18,7 +18,7 @@ from unittest import mock
 import pytest
 import torch
 
-from vdnn.cli.main import main
+from vdnn.cli.main import command_line
 
 
 @dataclasses.dataclass
@@ -38,7 +38,7 @@ def vdnn(*arguments: str, cwd: Path | None = None) -> Done:
         contextlib.redirect_stderr(err),
     ):
         try:
-            main()
+            command_line()
             code = 0
         except SystemExit as stop:
             code = int(stop.code or 0)
@@ -60,8 +60,8 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_simulate_of_a_file_prints_the_rows_and_loads_no_torch(trace: Path) -> None:
     code = (
-        "import sys; from vdnn.cli.main import main\n"
-        "try:\n    main()\nfinally:\n    assert not {'torch', 'matplotlib'} & set(sys.modules)"
+        "import sys; from vdnn.cli.main import command_line\n"
+        "try:\n    command_line()\nfinally:\n    assert not {'torch', 'matplotlib'} & set(sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "simulate", str(trace), "--gpu", "t4", "--policy", "vdnn-all", "--json"],
@@ -189,8 +189,8 @@ def test_every_command_has_an_example() -> None:
 
 def test_a_second_look_at_a_model_needs_no_torch(tmp_path: Path) -> None:
     code = (
-        "import sys; from vdnn.cli.main import main\n"
-        "try:\n    main()\nfinally:\n    print('torch' in sys.modules, file=sys.stderr)"
+        "import sys; from vdnn.cli.main import command_line\n"
+        "try:\n    command_line()\nfinally:\n    print('torch' in sys.modules, file=sys.stderr)"
     )
 
     def simulated(*more: str) -> tuple[str, str]:

@@ -117,7 +117,7 @@ def test_a_step_of_the_virtual_device_has_none():
 def test_the_command_writes_it(tmp_path: Path):
     save(conv_chain(batch=64), tmp_path / "t.json.gz")
     out = tmp_path / "m.pickle"
-    code = "from vdnn.cli.main import main; main()"
+    code = "from vdnn.cli.main import command_line; command_line()"
     arguments = ["simulate", str(tmp_path / "t.json.gz"), "--gpu", "t4", "--policy", "vdnn-all"]
     command = [sys.executable, "-c", code, *arguments, "--memory-snapshot", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -112,10 +112,12 @@ def trace_of(
     no_cache: bool = False,
     policy: str = "",
     parts: list[str] | None = None,
+    seen: dict[str, Trace] | None = None,
 ) -> Trace:
     """The trace in a file, or of a model by name: one that was captured before, unless `no_cache`.
 
-    With a policy, of the step that the policy is for: one that recomputes blocks, if it does that.
+    With a policy, of the step that the policy is for: one that recomputes blocks, if it does that. `seen` are the
+    traces that this command has taken of the model, by what its policies ask of it.
     """
     from vdnn.policies import model_options as options_of
 
@@ -124,7 +126,10 @@ def trace_of(
         assert isinstance(loaded, Trace)
         return loaded
     recipe = recipe_of(parts)
-    options = {**(options_of(policy) if policy else {}), **model_options(texts)}
+    asked = options_of(policy) if policy else {}
+    if seen is not None and str(asked) in seen:
+        return seen[str(asked)]
+    options = {**asked, **model_options(texts)}
     key = None if no_cache else trace_cache.key_of(model, batch, options, precision, optimizer, device, recipe)
     found = trace_cache.known(key)
     if found is None:
@@ -132,6 +137,8 @@ def trace_of(
             work = api.load(model, batch, **options)
             found = api.capture(work, precision=precision, optimizer=optimizer, device=device, recipe=recipe)
         trace_cache.keep(key, found)
+    if seen is not None:
+        seen[str(asked)] = found
     return found
 
 

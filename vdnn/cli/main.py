@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import sys
 
 import typer
@@ -15,7 +17,7 @@ from vdnn.cli.showing import list_names, report
 from vdnn.cli.starting import without_compiler
 from vdnn.errors import VdnnError
 
-__all__ = ["app", "main"]
+__all__ = ["app", "command_line", "main"]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 for command in (run, capture, plan, simulate, compare, experiment, report, replay, reproduction):
@@ -27,7 +29,7 @@ app.command("list")(list_names)
 _COMPUTE_NOTHING = ("capture", "plan", "simulate", "compare", "max-batch")
 
 
-def main() -> None:
+def command_line() -> None:
     """Run the command line; a user's mistake is one sentence and an exit code, `--debug` shows the traceback."""
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
@@ -41,3 +43,19 @@ def main() -> None:
             raise
         typer.echo(f"vdnn: {error}", err=True)
         sys.exit(error.exit_code)
+
+
+def main() -> None:
+    """`command_line` in a process of its own, which ends at once: to unload torch's libraries takes half a second."""
+    code: object = 0
+    try:
+        command_line()
+    except SystemExit as done:
+        code = done.code
+    if code is not None and not isinstance(code, int):
+        sys.exit(str(code))
+    logging.shutdown()
+    with contextlib.suppress(BrokenPipeError):  # whoever read our output has seen enough
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code or 0)

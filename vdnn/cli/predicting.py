@@ -35,7 +35,7 @@ from vdnn.cli.arguments import (
     write_value,
 )
 from vdnn.errors import InfeasibleError, UsageError
-from vdnn.values import Plan, hardware
+from vdnn.values import Plan, Trace, hardware
 from vdnn.values import load as load_value
 
 __all__ = ["capture", "compare", "max_batch", "plan", "simulate"]
@@ -129,8 +129,10 @@ def simulate(
     must_be_one(policy=policy, budget=budget, plan=plan_file)
     hardware(gpu)
     made = load_value(plan_file, "plan") if plan_file is not None else None
-    plain = trace_of(model, batch, precision, optimizer, options, no_cache=no_cache, parts=recipe)
-    trace = trace_of(model, batch, precision, optimizer, options, no_cache=no_cache, policy=policy, parts=recipe)
+    asked = (model, batch, precision, optimizer, options, "cuda", no_cache)
+    seen: dict[str, Trace] = {}
+    plain = trace_of(*asked, parts=recipe, seen=seen)
+    trace = trace_of(*asked, policy, recipe, seen)
     how: dict[str, Any] = {"rules": rules, "regime": regime, "algorithms": algorithms}
     if made is None:
         made = api.plan(trace, gpu, policy or ("" if budget else "none"), budget=budget or None, **how)
@@ -195,9 +197,10 @@ def compare(
     if figure is not None and figure.exists() and not force:
         raise UsageError(f"{figure} exists: give another name, or --force to overwrite it")
     results = []
+    seen: dict[str, Trace] = {}
     for name in ["none", *(name for name in chosen if name != "none")]:
         try:
-            trace = trace_of(model, batch, precision, optimizer, options, no_cache=no_cache, policy=name, parts=recipe)
+            trace = trace_of(model, batch, precision, optimizer, options, "cuda", no_cache, name, recipe, seen)
             results.append(api.simulate(trace, api.plan(trace, gpu, name, **how), gpu, regime=regime))
         except (UsageError, InfeasibleError) as error:
             if policy or name == "none":

@@ -63,8 +63,8 @@ def shortcut(mode: FakeTensorMode, func: Any, args: Any, kwargs: Any) -> Any:
         return _batch_norm_backward(mode, args)
     count = _ALIKE.get(func)
     if count is not None:
-        if _alike(args[:count]) and _dense(first):
-            return _like(mode, first, first.shape, first.stride(), first.dtype)
+        if _alike(args[:count]) and (strides := _output_strides(first)) is not None:
+            return _like(mode, first, first.shape, strides, first.dtype)
         if _alike(args[:count], strides=False) and all(map(_descending, args[:count])):
             return _like(mode, first, first.shape, _contiguous(first.shape), first.dtype)
         return None
@@ -103,8 +103,16 @@ def _alike(tensors: Any, strides: bool = True) -> bool:
     )
 
 
-def _dense(tensor: torch.Tensor) -> bool:
-    return bool(tensor.is_contiguous() or torch._prims_common.is_non_overlapping_and_dense_or_false(tensor))
+def _output_strides(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """Strides of what is made from dense tensors with these strides; None where the order of dimensions is unclear.
+
+    torch writes those of dimensions of size 1 anew, by rules of its own where the tensor is not contiguous.
+    """
+    if tensor.is_contiguous():
+        return _contiguous(tensor.shape)
+    if 1 in tensor.shape or not torch._prims_common.is_non_overlapping_and_dense_or_false(tensor):
+        return None
+    return tensor.stride()
 
 
 def _descending(tensor: torch.Tensor) -> bool:
@@ -133,19 +141,21 @@ def _on_meta(mode: FakeTensorMode, func: Any, args: Any) -> torch.Tensor:
 
 def _batch_norm(mode: FakeTensorMode, args: Any) -> Any:
     x, training = args[0], args[5]
-    if not _dense(x):
+    strides = _output_strides(x)
+    if strides is None:
         return None
     channels = (x.shape[1] if training else 0,)
     statistics = [_like(mode, x, channels, (1,), torch.float32) for _ in range(2)]
-    return _like(mode, x, x.shape, x.stride(), x.dtype), *statistics, _like(mode, x, (0,), (1,), torch.uint8)
+    return _like(mode, x, x.shape, strides, x.dtype), *statistics, _like(mode, x, (0,), (1,), torch.uint8)
 
 
 def _batch_norm_backward(mode: FakeTensorMode, args: Any) -> Any:
     x, grad, weight = args[:3]
-    if not _alike((x, grad)) or not _dense(x) or type(weight) is not FakeTensor:
+    strides = _output_strides(x)
+    if strides is None or not _alike((x, grad)) or type(weight) is not FakeTensor:
         return None
     of_weight = [_like(mode, x, (x.shape[1],), (1,), weight.dtype) for _ in range(2)]
-    return _like(mode, x, x.shape, x.stride(), x.dtype), *of_weight
+    return _like(mode, x, x.shape, strides, x.dtype), *of_weight
 
 
 def _like(mode: FakeTensorMode, given: FakeTensor, shape: Any, stride: Any, dtype: torch.dtype) -> torch.Tensor:

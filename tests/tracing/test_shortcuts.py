@@ -1,0 +1,81 @@
+"""What the shortcuts say of an op is what the fake mode says: whole captures, and one op at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import vdnn
+from vdnn.tracing import recorder
+from vdnn.tracing.shortcuts import shortcut
+
+ATEN: Any = torch.ops.aten
+
+
+class Mixed(nn.Module):
+    """Views, slices added to each other, batch norm, in-place ops, a broadcast, and integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.norm = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.norm(self.conv(x)))
+        y = y[:, :4] + y[:, 4:] * y[:, 4:]
+        y = torch.cat([y, y.transpose(2, 3).relu_()], 1)
+        y = y.mul_(2).add_(y.mean(1, keepdim=True))
+        return self.head(y.flatten(2).permute(0, 2, 1).mean(1)) + torch.arange(4, device=x.device)
+
+
+@pytest.mark.parametrize("how", [{}, {"channels_last": True}, {"precision": "amp"}, {"device": "cpu"}])
+def test_a_capture_is_the_same_with_and_without_shortcuts(how: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = vdnn.capture(Mixed(), torch.randn(2, 3, 9, 9), optimizer="sgd", **how)
+    used = []
+    monkeypatch.setattr(recorder, "shortcut", lambda *given: used.append(given[1]))
+    plain = vdnn.capture(Mixed(), torch.randn(2, 3, 9, 9), optimizer="sgd", **how)
+    assert used  # or this compares a capture with itself
+    assert taken == plain
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["torchvision:densenet121", "timm:efficientnet_b0", "hf:gpt2", "timm:tnt_s_patch16_224"]
+)
+def test_a_real_model_is_captured_the_same_with_and_without_shortcuts(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = vdnn.load(name, batch=2)
+    taken = vdnn.capture(work, precision="amp", optimizer="sgd")
+    monkeypatch.setattr(recorder, "shortcut", lambda *given: None)
+    assert taken == vdnn.capture(work, precision="amp", optimizer="sgd")
+
+
+LAYOUTS = st.permutations(range(3))
+SIZES = st.lists(st.integers(1, 4), min_size=3, max_size=3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(SIZES, LAYOUTS, LAYOUTS, st.booleans(), st.integers(0, 2))
+def test_two_tensors_of_any_layout_add_as_the_fake_mode_has_them(
+    sizes: list[int], ours: list[int], theirs: list[int], sliced: bool, along: int
+) -> None:
+    with FakeTensorMode() as mode:
+        pair = []
+        for order in (ours, theirs):
+            wide = [n + (sliced and axis == along) for axis, n in enumerate(sizes)]
+            tensor = torch.empty([wide[i] for i in order], device="cpu").permute([order.index(i) for i in range(3)])
+            pair.append(tensor.narrow(along, 0, sizes[along]))
+        found = shortcut(mode, ATEN.add.Tensor, tuple(pair), {})
+        expected = ATEN.add.Tensor(*pair)
+    if found is not None:
+        assert (found.shape, found.stride(), found.dtype) == (expected.shape, expected.stride(), expected.dtype)
+    if ours == theirs == [0, 1, 2]:
+        assert found is not None
