@@ -21,6 +21,7 @@ LAYERS = {
     "moments": 2,
     "tensorwise": 2,
     "liveness": 2,
+    "dataparallel": 2,
     "synthetic": 2,
     "torch7": 2,
     "convolutions": 2,

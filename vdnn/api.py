@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vdnn.errors import UsageError
-from vdnn.values import Hardware, Plan, Recipe, RunResult, Trace
+from vdnn.values import ALONE, Hardware, Node, Plan, Recipe, RunResult, Trace
 from vdnn.values import hardware as named_hardware
 
 if TYPE_CHECKING:
@@ -72,12 +72,14 @@ def plan(
     policy: str = "",
     *,
     budget: int | str | None = None,
+    node: Node | None = None,
     **options: Any,
 ) -> Plan:
     """What a policy (default: "vdnn-all") decides for every saved storage of a trace, or what fits a budget.
 
     Args:
         budget: device memory for the step, "12GiB" or bytes: the plan that fits and takes the least time.
+        node: several GPUs that train together: with each one's share of the link, and DDP's buckets in its memory.
         options: rules ("event" or "paper"), min_bytes, max_inflight_bytes, window_bytes, keep_soon,
             regime ("pytorch" or "paper"), algorithms (a table), budget_bytes (of vdnn-dyn).
 
@@ -85,7 +87,17 @@ def plan(
         UsageError: an unknown policy, machine or option, or both a policy and a budget.
         InfeasibleError: no plan fits the budget; names the least that does.
     """
-    return _decide(trace, named_hardware(hardware), policy, budget, options)
+    if node is None:
+        return _decide(trace, named_hardware(hardware), policy, budget, options)
+    from dataclasses import replace
+
+    from vdnn.dataparallel import data_parallel
+    from vdnn.sim.allreduce import share_of
+
+    node.check()
+    step, _ = data_parallel(trace, node)
+    made = _decide(step, share_of(named_hardware(hardware), node), policy, budget, options)
+    return replace(made, trace=trace.fingerprint())
 
 
 def _decide(trace: Trace, hardware: Hardware, policy: str, budget: int | str | None, options: dict[str, Any]) -> Plan:
@@ -127,10 +139,13 @@ def simulate(
     memory_limit: int | None = None,
     timeline: bool = False,
     regime: Regime = "pytorch",
+    node: Node = ALONE,
 ) -> RunResult:
     """The numbers of one step on a machine that need not be there; without a plan: no offload.
 
     Args:
+        node: `vdnn.values.Node(gpus=8, gpus_per_link=4, host_bytes=…)`: the step of one of several GPUs that train
+            together under DDP; the plan had better be made with it, too.
         regime: "paper" for the step and the memory of the vDNN paper (Torch7, one pool); the plan must be made so too.
 
     Raises:
@@ -139,7 +154,13 @@ def simulate(
     from vdnn.sim import simulate_step
 
     return simulate_step(
-        trace, plan, named_hardware(hardware), memory_limit=memory_limit, timeline=timeline, regime=regime
+        trace,
+        plan,
+        named_hardware(hardware),
+        memory_limit=memory_limit,
+        timeline=timeline,
+        regime=regime,
+        node=node,
     )
 
 

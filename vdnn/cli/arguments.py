@@ -12,7 +12,7 @@ import typer
 
 from vdnn import api, trace_cache
 from vdnn.errors import UsageError
-from vdnn.values import Recipe, RunResult, Trace
+from vdnn.values import Node, Recipe, RunResult, Trace
 from vdnn.values import load as load_value
 from vdnn.values import save as save_value
 
@@ -22,6 +22,9 @@ __all__ = [
     "Budget",
     "Force",
     "Gpu",
+    "Gpus",
+    "GpusPerLink",
+    "HostMemory",
     "Json",
     "Model",
     "ModelOptions",
@@ -37,6 +40,7 @@ __all__ = [
     "model_options",
     "must_be_free",
     "must_be_one",
+    "node_of",
     "recipe_of",
     "show_results",
     "trace_of",
@@ -68,10 +72,26 @@ RecipeParts = Annotated[
         "fused), backward_autocast=on, cudnn_benchmark=on.",
     ),
 ]
+Gpus = Annotated[int, typer.Option(help="GPUs that train together (DDP), each on a batch of its own.")]
+GpusPerLink = Annotated[int, typer.Option(help="Of those, how many share one link to the host.")]
+HostMemory = Annotated[str, typer.Option(help="Host memory of the node, 512GiB: what all GPUs pin must fit.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Capture anew, and keep nothing.")]
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="Write the value to this file.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite the output.")]
+
+
+def node_of(gpus: int, gpus_per_link: int, host_memory: str) -> Node:
+    """The node that the options describe, checked.
+
+    Raises:
+        UsageError: no GPUs, more on a link than there are, or no size.
+    """
+    from vdnn.units import parse_size
+
+    node = Node(gpus, gpus_per_link, parse_size(host_memory) if host_memory else None)
+    node.check()
+    return node
 
 
 def model_options(texts: list[str] | None) -> dict[str, object]:

@@ -15,6 +15,9 @@ from vdnn.cli.arguments import (
     Budget,
     Force,
     Gpu,
+    Gpus,
+    GpusPerLink,
+    HostMemory,
     Json,
     Model,
     ModelOptions,
@@ -30,6 +33,7 @@ from vdnn.cli.arguments import (
     model_options,
     must_be_free,
     must_be_one,
+    node_of,
     show_results,
     trace_of,
     write_value,
@@ -109,6 +113,9 @@ def simulate(
     algorithms: Algorithms = "",
     options: ModelOptions = None,
     recipe: RecipeParts = None,
+    gpus: Gpus = 1,
+    gpus_per_link: GpusPerLink = 1,
+    host_memory: HostMemory = "",
     no_cache: NoCache = False,
     as_json: Json = False,
     perfetto: Annotated[Path | None, typer.Option(help="Write the streams as a Chrome trace: NAME.json.")] = None,
@@ -128,19 +135,21 @@ def simulate(
         raise UsageError(f"{memory_snapshot} exists: give another name, or --force to overwrite it")
     must_be_one(policy=policy, budget=budget, plan=plan_file)
     hardware(gpu)
+    node = node_of(gpus, gpus_per_link, host_memory)
     made = load_value(plan_file, "plan") if plan_file is not None else None
     asked = (model, batch, precision, optimizer, options, "cuda", no_cache)
     seen: dict[str, Trace] = {}
     plain = trace_of(*asked, parts=recipe, seen=seen)
     trace = trace_of(*asked, policy, recipe, seen)
-    how: dict[str, Any] = {"rules": rules, "regime": regime, "algorithms": algorithms}
+    how: dict[str, Any] = {"rules": rules, "regime": regime, "algorithms": algorithms, "node": node}
     if made is None:
         made = api.plan(trace, gpu, policy or ("" if budget else "none"), budget=budget or None, **how)
     assert isinstance(made, Plan)
     limit = made.budget_bytes
-    baseline = api.simulate(plain, api.plan(plain, gpu, "none", **how), gpu, memory_limit=limit, regime=regime)
+    under: dict[str, Any] = {"memory_limit": limit, "regime": regime, "node": node}
+    baseline = api.simulate(plain, api.plan(plain, gpu, "none", **how), gpu, **under)
     shown = bool(output or perfetto or memory_snapshot)
-    result = api.simulate(trace, made, gpu, memory_limit=limit, timeline=shown, regime=regime)
+    result = api.simulate(trace, made, gpu, timeline=shown, **under)
     if as_json:
         from vdnn.reporting import result_rows
 
@@ -153,12 +162,14 @@ def simulate(
 
         typer.echo(f"Wrote {write_perfetto(result, perfetto)}", err=True)
     if memory_snapshot is not None:
+        from vdnn.dataparallel import data_parallel
         from vdnn.moments import resolve
         from vdnn.sim.allocator_snapshot import step_snapshot
         from vdnn.snapshots import save_snapshot
 
         memory = limit or hardware(gpu).memory_bytes
-        save_snapshot(step_snapshot(trace, resolve(made, trace), memory, result.timeline), memory_snapshot)
+        step, _ = data_parallel(trace, node)
+        save_snapshot(step_snapshot(step, resolve(made, step), memory, result.timeline), memory_snapshot)
         typer.echo(f"Wrote {memory_snapshot}", err=True)
 
 
@@ -176,6 +187,9 @@ def compare(
     algorithms: Algorithms = "",
     options: ModelOptions = None,
     recipe: RecipeParts = None,
+    gpus: Gpus = 1,
+    gpus_per_link: GpusPerLink = 1,
+    host_memory: HostMemory = "",
     no_cache: NoCache = False,
     as_json: Json = False,
     figure: Annotated[Path | None, typer.Option(help="Draw the comparison: NAME.png, .svg or .pdf.")] = None,
@@ -190,6 +204,7 @@ def compare(
     if policy == ["all"]:
         policy = None
     how: dict[str, Any] = {"rules": rules, "regime": regime, "algorithms": algorithms}
+    node = node_of(gpus, gpus_per_link, host_memory)
     chosen = policy or distinct(names(), Options(**how))
     for name in chosen:
         find(name)
@@ -201,7 +216,8 @@ def compare(
     for name in ["none", *(name for name in chosen if name != "none")]:
         try:
             trace = trace_of(model, batch, precision, optimizer, options, "cuda", no_cache, name, recipe, seen)
-            results.append(api.simulate(trace, api.plan(trace, gpu, name, **how), gpu, regime=regime))
+            made = api.plan(trace, gpu, name, node=node, **how)
+            results.append(api.simulate(trace, made, gpu, regime=regime, node=node))
         except (UsageError, InfeasibleError) as error:
             if policy or name == "none":
                 raise

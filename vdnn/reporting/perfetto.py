@@ -30,7 +30,7 @@ def trace_events(result: RunResult) -> list[dict[str, Any]]:
     timeline = result.timeline
     if timeline is None:
         raise UsageError(f"the result of {result.model} ({result.policy}) has no timeline: simulate it with one")
-    tracks = {stream: number for number, stream in enumerate(STREAMS, 1)}
+    tracks = {stream: number for number, stream in enumerate(timeline.streams, 1)}
     title = f"{result.model} batch {result.batch}, {result.gpu}, {result.policy}, {result.source}"
     found: list[dict[str, Any]] = [_name("process_name", 0, title)]
     found += [_name("thread_name", number, stream) for stream, number in tracks.items()]

@@ -71,6 +71,7 @@ PHASE_LOOKS = {
 STREAM_LOOKS = {
     "offload": Look("offload (D2H)", ORANGE),
     "prefetch": Look("prefetch (H2D)", GREEN),
+    "communication": Look("all-reduce", YELLOW, "...."),
 }
 # A stall is an empty box in its stream: nothing runs there. The hatch says what it waits for.
 CAUSE_LOOKS = {
@@ -78,6 +79,7 @@ CAUSE_LOOKS = {
     "prefetch": Look("stall: prefetch", GREEN, "\\\\\\\\\\"),
     "fetch": Look("stall: fetch on demand", BLACK, "xxxxx"),
     "layer": Look("stall: end of layer", PURPLE, "|||||"),
+    "all-reduce": Look("stall: all-reduce", YELLOW, "-----"),
     "launch": Look("stall: launch", GREY, "....."),
 }
 OFFLOADED = Look("offloaded", ORANGE)

@@ -1,4 +1,4 @@
-"""The offload and the prefetch stream, and the link that they share.
+"""The offload and the prefetch stream, the stream of all-reduces, and the link that they share.
 
     submit(copy, way, nbytes, ready_ns, after)   in stream order; starts when the stream is free, `ready_ns`
                                                  has passed and the copy `after` has ended
@@ -6,8 +6,9 @@
 
 A copy takes the link's latency, then its bytes at the link's rate. While both ways carry bytes, each slows in
 proportion, so that together they carry `duplex_bytes_per_s`; the end of a running copy is then worked out
-again. Work left is kept as bytes × 10⁹, a whole number that shrinks by rate × ns: nothing is rounded but the
-end of a copy (up).
+again. A ring of all-reduces goes both ways at once: where it uses the same link, each who is on it has half of
+that rate while others are. Work left is kept as bytes × 10⁹, a whole number that shrinks by rate × ns: nothing
+is rounded but the end of a copy (up).
 
 The clock is a heap of (time, priority, sequence): equal times resolve the same way in every run. It may lag
 behind the compute stream, never run ahead of it: `end_of` is called when compute waits, and whatever compute
@@ -18,37 +19,44 @@ from __future__ import annotations
 
 import heapq
 
+from vdnn.sim.allreduce import Ring
 from vdnn.values.hardware import Hardware
 
-__all__ = ["BACK", "OUT_WAY", "CopyStreams"]
+__all__ = ["BACK", "OUT_WAY", "REDUCE", "CopyStreams"]
 
-OUT_WAY, BACK = 0, 1
+OUT_WAY, BACK, REDUCE = _WAYS = range(3)
 _START, _TRANSFER, _END = 2, 1, 0  # the kind of an event is its priority: ends come before starts
 
 
 class CopyStreams:
-    """Two streams of copies, out (D2H) and back (H2D), over one link. Copies are numbered by the caller."""
+    """Two streams of copies, out (D2H) and back (H2D), over one link, and one of all-reduces over `ring`.
 
-    def __init__(self, hardware: Hardware, copies: int) -> None:
+    Copies and all-reduces are numbered by the caller.
+    """
+
+    def __init__(self, hardware: Hardware, copies: int, ring: Ring | None = None) -> None:
         d2h, h2d, both = hardware.d2h_bytes_per_s, hardware.h2d_bytes_per_s, hardware.duplex_bytes_per_s
-        self._alone = (d2h, h2d)
+        rate = ring.bytes_per_s if ring is not None else 0
+        self._alone = (d2h, h2d, rate)
         together = d2h + h2d
         self._shared = self._alone
         if both < together:
-            self._shared = (max(1, d2h * both // together), max(1, h2d * both // together))
-        self._latency = hardware.link_latency_ns
+            self._shared = (max(1, d2h * both // together), max(1, h2d * both // together), rate)
+        self._halved = (max(1, self._shared[0] // 2), max(1, self._shared[1] // 2), max(1, rate // 2))
+        self._ring_on_link = ring is not None and ring.on_link
+        self._latency = (hardware.link_latency_ns, hardware.link_latency_ns, 0)
         self.start = [-1] * copies
         self.end = [-1] * copies
         self._nbytes = [0] * copies
         self._ready = [0] * copies
         self._after = [-1] * copies
-        self._queues: tuple[list[int], list[int]] = ([], [])
-        self._heads = [0, 0]
-        self._scheduled = [False, False]  # the head of the queue is running, or its start is on the heap
-        self._work = [-1, -1]  # of the copy that is on the link; -1: none
-        self._since = [0, 0]
-        self._rate = [0, 0]
-        self._version = [0, 0]
+        self._queues: tuple[list[int], ...] = ([], [], [])
+        self._heads = [0, 0, 0]
+        self._scheduled = [False, False, False]  # the head of the queue is running, or its start is on the heap
+        self._work = [-1, -1, -1]  # of the copy that is on the link; -1: none
+        self._since = [0, 0, 0]
+        self._rate = [0, 0, 0]
+        self._version = [0, 0, 0]
         self._heap: list[tuple[int, int, int, int, int]] = []
         self._sequence = 0
         self._now = 0
@@ -99,7 +107,7 @@ class CopyStreams:
         self.events += 1
         self._now = time
         if kind == _START:
-            self._push(time + self._latency, _TRANSFER, way, 0)
+            self._push(time + self._latency[way], _TRANSFER, way, 0)
         elif kind == _TRANSFER:
             self._work[way] = self._nbytes[self._queues[way][self._heads[way]]] * 10**9
             self._share(time)
@@ -110,12 +118,16 @@ class CopyStreams:
             self._scheduled[way] = False
             self._share(time)
             self._schedule(way)
-            self._schedule(1 - way)
+            if way != REDUCE:
+                self._schedule(1 - way)
 
     def _share(self, time: int) -> None:
         """Who is on the link has changed: book the work done so far, and put new ends on the heap."""
-        rates = self._shared if self._work[0] >= 0 and self._work[1] >= 0 else self._alone
-        for way in (OUT_WAY, BACK):
+        out, back, ring = (work >= 0 for work in self._work)
+        rates = self._shared if out and back else self._alone
+        if ring and self._ring_on_link and (out or back):
+            rates = self._halved
+        for way in _WAYS:
             if self._work[way] < 0:
                 self._rate[way] = 0
             elif self._rate[way] != rates[way]:

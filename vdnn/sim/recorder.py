@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
+from vdnn.dataparallel import Bucket
 from vdnn.moments import Move, Points, released_at
 from vdnn.sim.copies import CopyStreams
 from vdnn.sim.program import FETCH, OUT, RELEASE
@@ -102,6 +103,16 @@ class Recorder:
                 self._spans.append(
                     Span("prefetch", name, "backward", copies.start[back], copies.end[back], move.nbytes)
                 )
+
+    def wait_sum(self, bucket: int, free: int, end: int) -> None:
+        """Compute waited for the sum of a bucket."""
+        self._stalls.append(Stall("compute", "all-reduce", f"bucket {bucket}", free, end))
+
+    def sums(self, copies: CopyStreams, first: int, buckets: Sequence[Bucket]) -> None:
+        """The spans of all all-reduces, which are numbered from `first` on."""
+        for i, bucket in enumerate(buckets):
+            begin, end = copies.start[first + i], copies.end[first + i]
+            self._spans.append(Span("communication", f"bucket {i}", "backward", begin, end, bucket.nbytes))
 
     def timeline(self) -> Timeline:
         """Everything, in order of time."""

@@ -6,13 +6,14 @@
         RELEASE compute waits for the copy out
         FETCH   submit the copy back, to start after what compute has done so far and after its copy out
         WAIT    compute waits for the copy back
+        bucket  submit its all-reduce, to start after what compute has done so far; at the end compute waits for it
 
 A copy of lane "compute" is waited for where it is issued, both ways: that is what it costs among the kernels. One of
 lane "side" comes after the copy before it, whichever way that went, and back it waits for compute to have come to a
 position of its own instead of here: so it starts as soon as the host, which runs ahead, has issued it.
 
 The host never waits for the device. What compute waits for copies is a stall; what it waits for the host is
-launch-bound time, which is counted apart.
+launch-bound time, and what it waits for all-reduces communication, which are counted apart.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vdnn.dataparallel import Bucket
 from vdnn.moments import Move
-from vdnn.sim.copies import BACK, OUT_WAY, CopyStreams
+from vdnn.sim.allreduce import Ring
+from vdnn.sim.copies import BACK, OUT_WAY, REDUCE, CopyStreams
 from vdnn.sim.program import ARRIVE, FETCH, OUT, RELEASE, actions
 from vdnn.sim.recorder import Cause, Recorder
 from vdnn.values.hardware import Hardware
@@ -29,10 +32,15 @@ from vdnn.values.trace import Trace
 
 __all__ = ["Run", "run"]
 
+_MARK, _REDUCE, _ACTION, _SUMMED = range(4)  # what comes first at one position
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Times of one step, in ns. `events` counts what was simulated: ops, actions, and entries of the copies' heap."""
+    """Times of one step, in ns. `events` counts what was simulated: ops, actions, and entries of the copies' heap.
+
+    `communication_ns` is what compute waits for all-reduces.
+    """
 
     forward_ns: int
     backward_ns: int
@@ -40,22 +48,34 @@ class Run:
     stall_ns: int
     launch_idle_ns: int
     events: int
+    communication_ns: int = 0
 
 
 def run(
-    trace: Trace, moves: Sequence[Move], op_ns: Sequence[int], hardware: Hardware, recorder: Recorder | None = None
+    trace: Trace,
+    moves: Sequence[Move],
+    op_ns: Sequence[int],
+    hardware: Hardware,
+    recorder: Recorder | None = None,
+    buckets: Sequence[Bucket] = (),
+    ring: Ring | None = None,
 ) -> Run:
-    """Simulate one step; a recorder hears of every span, stall and memory event."""
+    """Simulate one step, with the buckets that a ring sums; a recorder hears of every span, stall and memory event."""
     launch = hardware.launch_ns
-    copies = CopyStreams(hardware, 2 * len(moves))  # copy 2·i takes move i out, 2·i + 1 brings it back
+    first = 2 * len(moves)  # copy 2·i takes move i out, 2·i + 1 brings it back; then come the all-reduces
+    copies = CopyStreams(hardware, first + len(buckets), ring)
     program = actions(moves)
     marks = {trace.forward_end: 0, trace.backward_end: 0} | {move.behind: 0 for move in moves if move.behind >= 0}
     last = -1  # the copy before, where one stream carries both ways
-    host = now = stalled = idle = here = 0
+    host = now = stalled = idle = here = summed = 0
     if recorder is not None:
         recorder.reach(0, 0)
-    stops = sorted([(action[0], 1, i) for i, action in enumerate(program)] + [(p, 0, -1) for p in (*marks, len(op_ns))])
-    for position, _, number in stops:
+    stops = [(action[0], _ACTION, i) for i, action in enumerate(program)]
+    stops += [(p, _MARK, -1) for p in (*marks, len(op_ns))]
+    stops += [(bucket.ready, _REDUCE, i) for i, bucket in enumerate(buckets)]
+    stops += [(bucket.wait, _SUMMED, i) for i, bucket in enumerate(buckets)]
+    stops.sort()
+    for position, stop, number in stops:
         if recorder is not None:
             for op in range(here, position):
                 begin, host = now, host + launch
@@ -72,9 +92,22 @@ def run(
                         now = host
                     now += duration
         here = position
-        if number < 0:
+        if stop == _MARK:
             if position in marks:
                 marks[position] = now
+            continue
+        if stop == _REDUCE:
+            assert ring is not None
+            host += launch
+            copies.submit(first + number, REDUCE, ring.sent_bytes(buckets[number].nbytes), max(now, host))
+            continue
+        if stop == _SUMMED:
+            end = copies.end_of(first + number)
+            if end > now:
+                if recorder is not None:
+                    recorder.wait_sum(number, now, end)
+                summed += end - now
+                now = end
             continue
         _, _, _, _, index, kind = program[number]
         move = moves[index]
@@ -107,8 +140,9 @@ def run(
     total = max(now, host, copies.drain())
     if recorder is not None:
         recorder.copies(copies)
+        recorder.sums(copies, first, buckets)
     forward, both = marks[trace.forward_end], marks[trace.backward_end]
-    return Run(forward, both - forward, total, stalled, idle, len(op_ns) + len(program) + copies.events)
+    return Run(forward, both - forward, total, stalled, idle, len(op_ns) + len(program) + copies.events, summed)
 
 
 def _cause(kind: int, move: Move) -> Cause:

@@ -19,19 +19,22 @@ from collections.abc import Sequence
 
 from vdnn.convolutions import offers_of, with_workspaces
 from vdnn.costs import times_with
+from vdnn.dataparallel import Bucket, data_parallel
 from vdnn.encoding import encoded
 from vdnn.errors import UsageError
 from vdnn.liveness import host_bytes, op_text, peak
 from vdnn.moments import Move, resolve
 from vdnn.recomputing import recomputed
 from vdnn.sim.allocator_step import StepMemory, step_memory
+from vdnn.sim.allreduce import Ring, ring_of, share_of
 from vdnn.sim.pinned import pinned_bytes
 from vdnn.sim.pool import run_pool
 from vdnn.sim.recorder import Recorder
-from vdnn.sim.run import run
+from vdnn.sim.run import Run, run
 from vdnn.torch7 import Regime, under
 from vdnn.units import format_bytes, format_ns
 from vdnn.values.hardware import Hardware
+from vdnn.values.node import ALONE, Node
 from vdnn.values.plan import Plan
 from vdnn.values.result import RunResult
 from vdnn.values.trace import Trace
@@ -47,23 +50,31 @@ def simulate_step(
     memory_limit: int | None = None,
     timeline: bool = False,
     regime: Regime = "pytorch",
+    node: Node = ALONE,
 ) -> RunResult:
     """Predict one step; without a plan nothing is offloaded. `prefetched_bytes` counts every copy back.
 
+    In a node of several GPUs it is the step of one of them, with its share of the link and DDP's all-reduces; it fits
+    if it fits into the GPU and what all of them pin fits into the host.
+
     Raises:
         PlanMismatchError: the plan is not for this trace.
-        UsageError: a memory limit that is not positive.
+        UsageError: a memory limit that is not positive, or a node that cannot be.
     """
+    node.check()
+    if node.gpus > 1 and regime == "paper":
+        raise UsageError("the paper's Torch7 has no DistributedDataParallel: leave --regime paper or --gpus out")
     if memory_limit is not None and memory_limit <= 0:
         raise UsageError(f"a memory limit of {memory_limit} bytes holds nothing: give more than 0")
     source = under(regime, trace, plan.policy if plan else "")
-    step = encoded(recomputed(source, plan), plan)
+    step, buckets = data_parallel(encoded(recomputed(source, plan), plan), node)
+    hardware = share_of(hardware, node)
     moves = resolve(plan, step)
     chosen = offers_of(plan, step, hardware.peak("float32"))
     trace = with_workspaces(step, chosen)
     recorder = Recorder(trace, moves) if timeline else None
     op_ns = times_with(trace, hardware, chosen, plan.algorithm_table if plan else "")
-    times = run(trace, moves, op_ns, hardware, recorder)
+    times = run(trace, moves, op_ns, hardware, recorder, buckets, ring_of(hardware, node))
     most = peak(trace, moves)
     capacity = hardware.memory_bytes if memory_limit is None else memory_limit
     memory = step_memory(trace, moves, capacity) if trace.device != "cpu" and regime == "pytorch" else None
@@ -73,6 +84,15 @@ def simulate_step(
     pinned = pinned_bytes(moves) if plan is not None and plan.copies is not None else copied_bytes
     if pinned > copied_bytes:
         notes.append(f"pins {format_bytes(pinned)} for {format_bytes(copied_bytes)}: torch rounds to powers of two")
+    if node.gpus > 1:
+        notes.append(_node_note(node, buckets, ring_of(hardware, node), times))
+    everything = node.gpus * pinned
+    if node.host_bytes is not None and everything > node.host_bytes:
+        fits = False
+        notes.append(
+            f"does not fit into the host: {node.gpus} GPUs pin {format_bytes(pinned)} each, {format_bytes(everything)} "
+            f"in all, and it has {format_bytes(node.host_bytes)}"
+        )
     notes += _pool_notes(trace, moves, capacity) if regime == "paper" else _memory_notes(trace, memory, capacity)
     if times.launch_idle_ns > times.total_ns // 100:
         notes.append(f"compute waits {format_ns(times.launch_idle_ns)} for the host to issue ops; not counted as stall")
@@ -100,6 +120,15 @@ def simulate_step(
         peak_items=most.items,
         notes=tuple(notes),
         timeline=recorder.timeline() if recorder else None,
+    )
+
+
+def _node_note(node: Node, buckets: Sequence[Bucket], ring: Ring, times: Run) -> str:
+    way = "the link to the host" if ring.on_link else "NVLink"
+    return (
+        f"one of {node.gpus} GPUs, {node.gpus_per_link} on a link: sums {format_bytes(sum(b.nbytes for b in buckets))} "
+        f"of gradients in {len(buckets)} buckets over {way}; compute waits {format_ns(times.communication_ns)} for it, "
+        "not counted as stall"
     )
 
 

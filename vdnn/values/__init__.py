@@ -3,6 +3,7 @@
 from vdnn.values.algorithms import AlgorithmTable, algorithm_table, table_ids
 from vdnn.values.codec import dumps, fingerprint, load, loads, save
 from vdnn.values.hardware import Efficiency, Hardware, Peak, Source, hardware, preset_ids
+from vdnn.values.node import ALONE, Node
 from vdnn.values.plan import (
     OUTSIDE,
     Action,
@@ -23,6 +24,7 @@ from vdnn.values.timeline import STREAMS, MemoryEvent, Span, Stall, Timeline
 from vdnn.values.trace import Category, Kernel, LayerKind, ModuleCall, Op, Phase, SavedTensor, Storage, Trace
 
 __all__ = [
+    "ALONE",
     "OUTSIDE",
     "STREAMS",
     "USUAL",
@@ -40,6 +42,7 @@ __all__ = [
     "LayerKind",
     "MemoryEvent",
     "ModuleCall",
+    "Node",
     "Offload",
     "Op",
     "Peak",

@@ -50,7 +50,8 @@ class Hardware:
 
     `memory_bytes` is what a process can allocate; bandwidths are bytes a second; `duplex_bytes_per_s` is
     what both directions of the link carry together when both are busy. `launch_ns` is the host's time to
-    issue one op, `kernel_ns` the least time of a kernel on the device.
+    issue one op, `kernel_ns` the least time of a kernel on the device. `nvlink_bytes_per_s` is what NVLink carries
+    between the GPUs of a node, each way, from each of them; 0 where there is none.
     """
 
     id: str
@@ -66,6 +67,7 @@ class Hardware:
     kernel_ns: int
     efficiencies: tuple[Efficiency, ...]
     sources: tuple[Source, ...]
+    nvlink_bytes_per_s: int = 0
 
     def peak(self, dtype: str) -> int:
         """Flops a second for a dtype; an unknown dtype runs at fp32's rate."""
@@ -91,7 +93,7 @@ class Hardware:
         ):
             if getattr(self, name) <= 0:
                 raise FormatError(f"hardware {self.id!r}: {name} is {getattr(self, name)}, it must be more than 0")
-        for name in ("link_latency_ns", "launch_ns", "kernel_ns"):
+        for name in ("link_latency_ns", "launch_ns", "kernel_ns", "nvlink_bytes_per_s"):
             if getattr(self, name) < 0:
                 raise FormatError(f"hardware {self.id!r}: {name} is {getattr(self, name)}, it must not be negative")
         if not any(p.dtype == "float32" for p in self.peaks):

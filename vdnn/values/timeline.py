@@ -10,8 +10,8 @@ from vdnn.values.codec import record, value
 
 __all__ = ["STREAMS", "MemoryEvent", "Span", "Stall", "Timeline"]
 
-Stream = Literal["host", "compute", "offload", "prefetch"]
-STREAMS: tuple[Stream, ...] = ("host", "compute", "offload", "prefetch")
+Stream = Literal["host", "compute", "offload", "prefetch", "communication"]
+STREAMS: tuple[Stream, ...] = ("host", "compute", "offload", "prefetch", "communication")
 
 
 @record
@@ -33,7 +33,7 @@ class Stall:
     """A stretch in which `stream` waited; `cause` says for what, `what` for which copy."""
 
     stream: Stream
-    cause: Literal["release", "prefetch", "fetch", "layer", "launch"]
+    cause: Literal["release", "prefetch", "fetch", "layer", "launch", "all-reduce"]
     what: str
     start_ns: int
     end_ns: int
@@ -63,6 +63,12 @@ class Timeline:
     stalls: tuple[Stall, ...] = ()
     memory: tuple[MemoryEvent, ...] = ()
     resident: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        """The streams of a step: all but that of communication, where a GPU works alone."""
+        alone = all(span.stream != "communication" for span in self.spans)
+        return STREAMS[:-1] if alone else STREAMS
 
     def check(self) -> None:
         """Name the first thing that is wrong.

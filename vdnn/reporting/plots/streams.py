@@ -12,7 +12,7 @@ from vdnn.reporting.plots.canvas import box_of, legend_above, new_figure, patch,
 from vdnn.reporting.plots.memory import end_of, phase_ends
 from vdnn.reporting.scale import Scale, time_scale
 from vdnn.reporting.style import CAUSE_LOOKS, GREY, PHASE_LOOKS, STREAM_LOOKS, Look
-from vdnn.values import STREAMS, RunResult, Timeline
+from vdnn.values import RunResult, Timeline
 
 __all__ = ["streams_figure"]
 
@@ -48,7 +48,7 @@ def streams_figure(result: RunResult, zoom_ns: tuple[int, int] | None = None) ->
         axes.set_xlim(time.of(begin), time.of(end))
     if zoom_ns is not None:
         begin, end = ranges[1]
-        _frame(panels[0], time_scale([last]), begin, end)
+        _frame(panels[0], time_scale([last]), begin, end, len(timeline.streams))
         _names(panels[1], timeline, begin, end, time_scale([last]))
     panels[-1].set_xlabel(f"time in the iteration [{time_scale([last]).unit}]")
     legend_above(figure, _handles(timeline), columns=5)
@@ -60,7 +60,8 @@ def _look(stream: str, phase: str) -> Look:
 
 
 def _rows(axes: Any, timeline: Timeline, begin: int, end: int, time: Scale) -> None:
-    busy = dict.fromkeys(STREAMS, 0)
+    streams = timeline.streams
+    busy = dict.fromkeys(streams, 0)
     bars: dict[tuple[str, Look], list[tuple[float, float]]] = {}
     for span in timeline.spans:
         if span.end_ns > begin and span.start_ns < end:
@@ -79,13 +80,13 @@ def _rows(axes: Any, timeline: Timeline, begin: int, end: int, time: Scale) -> N
         if len(extents) > 100:
             # Outlines of that many boxes would fill the row; the hatches alone leave its density to see.
             box["linewidth"] = 0
-        axes.broken_barh(extents, (STREAMS.index(stream) - _HALF, 2 * _HALF), label=cause, **box)
+        axes.broken_barh(extents, (streams.index(stream) - _HALF, 2 * _HALF), label=cause, **box)
     for (stream, look), extents in bars.items():
         wide: list[tuple[float, float]] = []
         narrow: list[tuple[float, float]] = []
         for extent in extents:
             (wide if extent[1] * 72 * _INCHES_WIDE > 3 * time.of(end - begin) else narrow).append(extent)
-        place = (STREAMS.index(stream) - _HALF, 2 * _HALF)
+        place = (streams.index(stream) - _HALF, 2 * _HALF)
         if wide:
             axes.broken_barh(wide, place, facecolor=look.colour, edgecolor="white", linewidth=0.4, label=look.label)
         if narrow:
@@ -94,11 +95,11 @@ def _rows(axes: Any, timeline: Timeline, begin: int, end: int, time: Scale) -> N
             axes.broken_barh(
                 narrow, place, facecolor=look.colour, edgecolor=look.colour, linewidth=hairline, label=look.label
             )
-    axes.set_yticks(range(len(STREAMS)), STREAMS)
-    axes.set_ylim(len(STREAMS) - 0.5, -0.5)
+    axes.set_yticks(range(len(streams)), streams)
+    axes.set_ylim(len(streams) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    for i, stream in enumerate(STREAMS):
+    for i, stream in enumerate(streams):
         text = f"{100 * busy[stream] / max(1, end - begin):.0f} % busy"
         axes.annotate(
             text,
@@ -112,12 +113,12 @@ def _rows(axes: Any, timeline: Timeline, begin: int, end: int, time: Scale) -> N
         )
 
 
-def _frame(axes: Any, time: Scale, begin: int, end: int) -> None:
+def _frame(axes: Any, time: Scale, begin: int, end: int, rows: int) -> None:
     axes.add_patch(
         Rectangle(
             (time.of(begin), -0.47),
             time.of(end - begin),
-            len(STREAMS) - 0.06,
+            rows - 0.06,
             facecolor="none",
             edgecolor="black",
             linewidth=1.0,
@@ -135,7 +136,7 @@ def _names(axes: Any, timeline: Timeline, begin: int, end: int, time: Scale) -> 
         if width > points_a_letter * (len(span.what) + 2):
             axes.text(
                 time.of(left + right) / 2,
-                STREAMS.index(span.stream),
+                timeline.streams.index(span.stream),
                 span.what,
                 ha="center",
                 va="center",
