@@ -26,7 +26,8 @@ from torch import nn
 
 import vdnn
 from vdnn.engine import Device, Offloader, Rule, Schedule, VirtualDevice, offloading, wrap_model
-from vdnn.engine.device import Buffer, HostBlock, byte_view
+from vdnn.engine.arena import Arena
+from vdnn.engine.device import Buffer, Form, HostBlock, HostUse, over
 from vdnn.engine.hostpool import HostPool
 from vdnn.values import Entry, Offload, Plan, SavedName
 from vdnn.values.plan import OUTSIDE
@@ -57,19 +58,29 @@ class BareDevice:
     def wait(self, stream: str, event: str) -> None:
         pass
 
-    def adopt(self, tensor: torch.Tensor, first: int, nbytes: int) -> Buffer:
-        return Buffer(byte_view(tensor, first, nbytes), self.compute_stream)
+    def adopt(
+        self, tensor: torch.Tensor, first: int, nbytes: int, stream: str | None = None, form: Form | None = None
+    ) -> Buffer:
+        return over(tensor, first, nbytes, stream or self.compute_stream, form)
 
-    def allocate(self, nbytes: int) -> Buffer:
-        return Buffer(torch.empty(nbytes, dtype=torch.uint8), self.compute_stream)
+    def allocate(
+        self, nbytes: int, stream: str | None = None, form: Form | None = None, like: torch.Tensor | None = None
+    ) -> Buffer:
+        if form is None or like is None:
+            data = torch.empty(nbytes, dtype=torch.uint8)
+        else:
+            data = like.new_empty_strided(form.shape, form.stride)
+        return Buffer(data, stream or self.compute_stream, form)
 
     def copy_out(self, block: HostBlock, buffer: Buffer) -> None:
+        block.view(buffer.form)  # what the copy would write to
         self.copies += 1
 
     def copy_back(self, buffer: Buffer, block: HostBlock, at: int) -> None:
+        block.view(buffer.form)
         self.copies += 1
 
-    def use(self, buffer: Buffer) -> torch.Tensor:
+    def use(self, buffer: Buffer, stream: str | None = None) -> torch.Tensor:
         assert buffer.data is not None
         return buffer.data
 
@@ -82,7 +93,10 @@ class BareDevice:
     def give_back(self, block: HostBlock, busy: object) -> None:
         self.pool.give_back(block, busy)
 
-    def host_bytes(self) -> tuple[int, int, int]:
+    def host_arena(self) -> Arena:
+        return Arena(self.pool)
+
+    def host_bytes(self) -> HostUse:
         return self.pool.sizes()
 
 

@@ -327,7 +327,7 @@ def _completed(
     seed: int,
 ) -> RunResult:
     """The tracker's result with what the engine and the device know."""
-    _, host_peak, _ = device.host_bytes()
+    host_peak = device.host_bytes().peak_bytes
     notes = list(result.notes)
     fits = None
     if isinstance(device, VirtualDevice):

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import cycle
+from typing import Any
 
 import pytest
 import torch
@@ -66,12 +67,12 @@ class Noting(VirtualDevice):
         super().__init__(seed=seed)
         self._noted: list[StorageWeakRef] = []
 
-    def adopt(self, tensor: torch.Tensor, first: int, nbytes: int) -> Buffer:
+    def adopt(self, tensor: torch.Tensor, *rest: Any) -> Buffer:
         self._noted.append(StorageWeakRef(tensor.untyped_storage()))
-        return super().adopt(tensor, first, nbytes)
+        return super().adopt(tensor, *rest)
 
-    def allocate(self, nbytes: int) -> Buffer:
-        buffer = super().allocate(nbytes)
+    def allocate(self, *which: Any) -> Buffer:
+        buffer = super().allocate(*which)
         assert buffer.data is not None
         self._noted.append(StorageWeakRef(buffer.data.untyped_storage()))
         return buffer

@@ -11,7 +11,7 @@ __all__ = ["EngineReport"]
 
 @dataclass(frozen=True, slots=True)
 class EngineReport:
-    """Totals over all passes so far; `host_…` are of the pool. A pass is one forward and its backward."""
+    """Totals over all passes so far; `host_…` are of the device's pool. A pass is one forward and its backward."""
 
     device: str
     policy: str
@@ -28,6 +28,8 @@ class EngineReport:
     host_used_bytes: int
     host_peak_bytes: int
     host_reserved_bytes: int
+    host_pinned_bytes: int
+    host_allocations: int
     mismatches: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -41,7 +43,8 @@ class EngineReport:
             f"  came back          {format_bytes(self.returned_bytes // passes)} a pass: "
             f"{self.prefetched_storages // passes} storages prefetched, {self.fetched_storages // passes} on demand",
             f"  host memory        {format_bytes(self.host_peak_bytes)} at most, "
-            f"{format_bytes(self.host_reserved_bytes)} reserved, {format_bytes(self.host_used_bytes)} in use now",
+            f"{format_bytes(self.host_reserved_bytes)} reserved in {self.host_allocations} allocations so far, "
+            f"{format_bytes(self.host_pinned_bytes)} of it pinned, {format_bytes(self.host_used_bytes)} in use now",
         ]
         if self.dropped_storages:
             lines.append(

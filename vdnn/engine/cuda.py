@@ -12,7 +12,8 @@ from functools import partial
 
 import torch
 
-from vdnn.engine.device import Buffer, HostBlock, byte_view
+from vdnn.engine.arena import Arena
+from vdnn.engine.device import Buffer, Form, HostBlock, HostUse, over
 from vdnn.engine.hostlimit import default_host_budget
 from vdnn.engine.hostpool import HostPool
 from vdnn.errors import UsageError
@@ -40,6 +41,7 @@ class CudaDevice:
         index = torch.cuda.current_device() if index is None else index
         if not 0 <= index < torch.cuda.device_count():
             raise UsageError(f"no cuda:{index}: this machine has {torch.cuda.device_count()} CUDA devices")
+        self._index = index
         self.torch_device = torch.device("cuda", index)
         self.name = torch.cuda.get_device_name(index)
         self.offload_stream = torch.cuda.Stream(self.torch_device)
@@ -52,7 +54,7 @@ class CudaDevice:
         return tensor.device == self.torch_device
 
     def current_stream(self) -> torch.cuda.Stream:
-        return torch.cuda.current_stream(self.torch_device)
+        return torch.cuda.current_stream(self._index)
 
     def record(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
         event: torch.cuda.Event = stream.record_event()
@@ -61,25 +63,53 @@ class CudaDevice:
     def wait(self, stream: torch.cuda.Stream, event: torch.cuda.Event) -> None:
         stream.wait_event(event)
 
-    def adopt(self, tensor: torch.Tensor, first: int, nbytes: int) -> Buffer:
-        return Buffer(byte_view(tensor, first, nbytes), self.current_stream())
+    def adopt(
+        self,
+        tensor: torch.Tensor,
+        first: int,
+        nbytes: int,
+        stream: torch.cuda.Stream | None = None,
+        form: Form | None = None,
+    ) -> Buffer:
+        return over(tensor, first, nbytes, stream or self.current_stream(), form)
 
-    def allocate(self, nbytes: int) -> Buffer:
-        return Buffer(torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device), self.current_stream())
+    def allocate(
+        self,
+        nbytes: int,
+        stream: torch.cuda.Stream | None = None,
+        form: Form | None = None,
+        like: torch.Tensor | None = None,
+    ) -> Buffer:
+        if form is None or like is None:
+            data = torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
+        else:
+            data = like.new_empty_strided(form.shape, form.stride)
+        return Buffer(data, stream or self.current_stream(), form)
 
     def copy_out(self, block: HostBlock, buffer: Buffer) -> None:
         assert buffer.data is not None
-        with torch.cuda.stream(self.offload_stream):
-            block.data[: block.nbytes].copy_(buffer.data, non_blocking=True)
+        self._copy(self.offload_stream, block.view(buffer.form), buffer.data)
 
     def copy_back(self, buffer: Buffer, block: HostBlock, at: int) -> None:
         assert buffer.data is not None
-        with torch.cuda.stream(self.prefetch_stream):
-            buffer.data[at : at + block.nbytes].copy_(block.data[: block.nbytes], non_blocking=True)
+        self._copy(self.prefetch_stream, buffer.data[at:] if at else buffer.data, block.view(buffer.form))
 
-    def use(self, buffer: Buffer) -> torch.Tensor:
+    def _copy(self, stream: torch.cuda.Stream, target: torch.Tensor, source: torch.Tensor) -> None:
+        if torch.cuda.current_device() != self._index:
+            with torch.cuda.stream(stream):  # sets the current device back, too
+                target.copy_(source, non_blocking=True)
+            return
+        # as `torch.cuda.stream` does it, without asking again for what is known: half the time of the whole call
+        before = self.current_stream()
+        torch.cuda.set_stream(stream)
+        try:
+            target.copy_(source, non_blocking=True)
+        finally:
+            torch.cuda.set_stream(before)
+
+    def use(self, buffer: Buffer, stream: torch.cuda.Stream | None = None) -> torch.Tensor:
         assert buffer.data is not None
-        current = self.current_stream()
+        current = stream or self.current_stream()
         if current != buffer.stream:
             # made on another stream: its block must not be handed out while this one still reads
             buffer.data.record_stream(current)
@@ -96,7 +126,10 @@ class CudaDevice:
     def give_back(self, block: HostBlock, busy: torch.cuda.Event | None) -> None:
         self._pool.give_back(block, busy)
 
-    def host_bytes(self) -> tuple[int, int, int]:
+    def host_arena(self) -> Arena:
+        return Arena(self._pool)
+
+    def host_bytes(self) -> HostUse:
         return self._pool.sizes()
 
 

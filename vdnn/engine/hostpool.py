@@ -2,8 +2,8 @@
 
 torch rounds a pinned block up to a power of two (up to twice the bytes). The pool takes slabs of plain
 memory in exact sizes (whole pages) and has the device pin them (`cudaHostRegister`), so bytes pinned are
-bytes used. Free blocks are kept by size; a step that repeats itself takes the same blocks again, and no
-memory is pinned after the first step.
+bytes used. What a plan moves lies in one slab (`arena`); any other block is a slab of its own. Free blocks are kept by
+size; a step that repeats itself takes the same blocks again, and no memory is pinned after the first step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from vdnn.engine.device import Event, HostBlock
+from vdnn.engine.device import Event, HostBlock, HostUse, Slab
 from vdnn.errors import UsageError
 from vdnn.ledger import mark_as_host
 from vdnn.units import format_bytes
@@ -40,54 +40,66 @@ class HostPool:
             raise UsageError(f"a host budget of {budget_bytes} bytes is negative: give 0 or more")
         self.budget_bytes = budget_bytes
         self.reserved_bytes = 0
+        self.pinned_bytes = 0
         self.used_bytes = 0
         self.peak_bytes = 0
         self.allocations = 0
+        self.lock = threading.Lock()
         self._pin = pin
-        self._free: dict[int, list[HostBlock]] = {}
-        self._lock = threading.Lock()
+        self._free: dict[int, deque[HostBlock]] = {}
         # Blocks come back when the object that autograd holds dies, in any thread and even while this very
         # thread is inside `take`: an append to a deque is atomic, and `take` empties it under the lock.
         self._returned: deque[HostBlock] = deque()
-        self._lost: deque[int] = deque()
+        self._lost: deque[tuple[int, Slab]] = deque()
+        self._gone: deque[tuple[int, bool]] = deque()
         self._warned: set[str] = set()
 
     def take(self, nbytes: int) -> HostBlock | None:
         """A block of at least `nbytes`, or None where neither the budget nor the machine has room for it."""
-        size = -(-max(nbytes, 1) // PAGE_BYTES) * PAGE_BYTES
-        with self._lock:
-            self._collect()
+        size = _pages(nbytes)
+        with self.lock:
+            self.collect()
             block = self._pop(size) or self._new(size)
-            if block is None:
-                return None
-            block.nbytes = nbytes
-            block.lost = self._lost.append
-            self.used_bytes += block.data.numel()
-            self.peak_bytes = max(self.peak_bytes, self.used_bytes)
-            return block
+            return None if block is None else self.hand_out(block, nbytes)
+
+    def hand_out(self, block: HostBlock, nbytes: int) -> HostBlock:
+        """Note that a block is in use; the caller has the lock, and took the block from its home."""
+        block.nbytes = nbytes
+        block.lost = self._lost.append
+        self.used_bytes += block.data.numel()
+        if self.used_bytes > self.peak_bytes:
+            self.peak_bytes = self.used_bytes
+        return block
 
     def give_back(self, block: HostBlock, busy: Event | None) -> None:
         """Return a block; whoever takes it next waits for `busy` before writing."""
         block.busy = busy
         self._returned.append(block)
 
-    def sizes(self) -> tuple[int, int, int]:
-        """Bytes in use now, peak in use, reserved."""
-        with self._lock:
-            self._collect()
-            return self.used_bytes, self.peak_bytes, self.reserved_bytes
+    def sizes(self) -> HostUse:
+        """What is in use and reserved."""
+        with self.lock:
+            self.collect()
+            return HostUse(self.used_bytes, self.peak_bytes, self.reserved_bytes, self.pinned_bytes, self.allocations)
 
-    def _collect(self) -> None:
+    def collect(self) -> None:
+        """Send the blocks home that came back; the caller has the lock."""
         while self._returned:
             block = self._returned.popleft()
             block.lost = None
-            size = block.data.numel()
-            self.used_bytes -= size
-            self._free.setdefault(size, []).append(block)
+            self.used_bytes -= block.data.numel()
+            home = block.home()
+            if home is not None:
+                home.append(block)
         while self._lost:
-            size = self._lost.popleft()
+            size, slab = self._lost.popleft()
             self.used_bytes -= size
+            slab.spoiled = True
+            del slab  # its end may be here, and is counted next
+        while self._gone:
+            size, pinned = self._gone.popleft()
             self.reserved_bytes -= size
+            self.pinned_bytes -= size if pinned else 0
 
     def _pop(self, size: int) -> HostBlock | None:
         """A free block of that size, or else the smallest that is at most an eighth larger."""
@@ -97,15 +109,21 @@ class HostPool:
         fitting = [s for s, blocks in self._free.items() if blocks and size < s <= size + size // 8]
         return self._free[min(fitting)].pop() if fitting else None
 
+    def _new(self, size: int) -> HostBlock | None:
+        slab = self.slab(size)
+        return None if slab is None else HostBlock(slab, 0, size, self._free.setdefault(size, deque()))
+
     def _shrink(self, wanted: int) -> None:
         """Let go of free blocks, largest first, until `wanted` bytes are gone."""
         for size in sorted(self._free, reverse=True):
             while self._free[size] and wanted > 0:
                 self._free[size].pop()
-                self.reserved_bytes -= size
                 wanted -= size
+        self.collect()
 
-    def _new(self, size: int) -> HostBlock | None:
+    def slab(self, nbytes: int) -> Slab | None:
+        """A new piece of memory of whole pages, None where there is no room; the caller has the lock."""
+        size = _pages(nbytes)
         if self.budget_bytes is not None and self.reserved_bytes + size > self.budget_bytes:
             self._shrink(self.reserved_bytes + size - self.budget_bytes)
             if self.reserved_bytes + size > self.budget_bytes:
@@ -128,11 +146,16 @@ class HostPool:
         if self._pin is not None and pin is None:
             self._warn("host memory could not be pinned: pageable memory is used, and copies will not overlap")
         self.reserved_bytes += size
+        self.pinned_bytes += size if pin is not None else 0
         self.allocations += 1
-        return HostBlock(data, size, pin)
+        return Slab(data, pin, self._gone.append)
 
     def _warn(self, text: str) -> None:
         kind = text[:15]
         if kind not in self._warned:
             self._warned.add(kind)
-            warnings.warn(text, stacklevel=4)
+            warnings.warn(text, stacklevel=5)
+
+
+def _pages(nbytes: int) -> int:
+    return -(-max(nbytes, 1) // PAGE_BYTES) * PAGE_BYTES

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from vdnn.calls import Frame
+from vdnn.engine.arena import Arena
 from vdnn.engine.device import Device, is_plain
 from vdnn.engine.lifecycle import State
 from vdnn.engine.packed import Kept, Marked, Offloaded, keep, restore_kept
@@ -27,7 +28,7 @@ from vdnn.engine.recomputed import RecomputedStorage
 from vdnn.engine.schedule import NOTHING, Schedule, Slot
 from vdnn.engine.storage import SavedStorage, extent
 from vdnn.errors import DeviceOutOfMemory
-from vdnn.values.plan import Offload, Recompute
+from vdnn.values.plan import Keep, Offload, Recompute
 
 __all__ = ["Counts", "Offloader", "storage_keys"]
 
@@ -74,6 +75,7 @@ class Offloader:
     def __init__(self, device: Device) -> None:
         self.device = device
         self.counts = Counts()
+        self._arena: Arena | None = None
         self.current: Pass | None = None
         self.fixed: set[int] = set()  # storages of parameters and buffers: never moved
         self._frame: Frame | None = None  # the innermost module call; None while no pass is open
@@ -86,12 +88,28 @@ class Offloader:
 
     def begin(self, schedule: Schedule, fixed: set[int]) -> None:
         """Start a pass. `fixed` are the storages of parameters and buffers."""
-        self.current = here = Pass(schedule)
+        self.current = here = Pass(schedule, self._lay_out(schedule))
         self.fixed = fixed
         self._run(here.outside)
         self._look = schedule.rule.offload
         self._least_bytes = schedule.rule.min_bytes
         self.counts.passes += 1
+
+    def _lay_out(self, schedule: Schedule) -> Arena | None:
+        """Host memory for what the plan moves, each storage in its place; None where that is not to be had now."""
+        if not schedule.host_sizes:
+            return None
+        arena = self._arena
+        if arena is None:
+            arena = self._arena = self.device.host_arena()
+        events = arena.lay_out(schedule)
+        if events is None:
+            return None
+        if events:
+            for event in events:
+                self.device.wait(self.device.offload_stream, event)
+            arena.settled()
+        return arena
 
     def enter(self, frame: Frame) -> None:
         """A module call begins."""
@@ -166,13 +184,12 @@ class Offloader:
         """What stands for the tensor, its copy started if need be; None where the tensor stays."""
         action: Offload | Recompute | None = None
         if slot is not None and slot.action is not None:
-            mismatch = slot.mismatch(tensor)
-            if mismatch:
-                self._mismatch(mismatch)
-            elif isinstance(slot.action, Offload | Recompute):
-                action = slot.action
-            else:
+            if not slot.fits(tensor):
+                self._mismatch(slot.mismatch(tensor))
+            elif isinstance(slot.action, Keep):
                 return None
+            else:
+                action = slot.action
         if action is None and not self._look:
             return None
         if not is_plain(tensor) or not self.device.holds(tensor):
@@ -246,9 +263,13 @@ class Offloader:
                 return known
             self.counts.saved_storages += 1
             saved = SavedStorage(self.device, tensor, first, nbytes)
-            if not saved.offload():
+            block = here.arena.take(entry, nbytes) if here.arena is not None else None
+            if block is None:
+                block = self.device.host_block(nbytes)
+            if block is None:
                 self.counts.host_full += 1
                 return None
+            saved.offload(block)
             self.counts.offloaded_storages += 1
             self.counts.offloaded_bytes += nbytes
             here.add(storage, version, saved, entry)

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from vdnn.engine.device import Form
 from vdnn.engine.recomputed import RecomputedStorage
 from vdnn.engine.schedule import Slot
-from vdnn.engine.storage import SavedStorage
+from vdnn.engine.storage import SavedStorage, form_of
 
 if TYPE_CHECKING:
     from vdnn.engine.passes import Pass
@@ -61,9 +62,13 @@ class Marked:
 
 
 class Offloaded:
-    """A saved tensor whose storage is the engine's business."""
+    """A saved tensor whose storage is the engine's business.
 
-    __slots__ = ("bits", "dtype", "offset_bytes", "owner", "shape", "slot", "storage", "stride", "version")
+    `view` says how it lies there, where that is not the storage's own form: form, first byte, and what it says of its
+    bytes without changing them (that they are to be read as conjugate, as negative).
+    """
+
+    __slots__ = ("owner", "slot", "storage", "version", "view")
 
     def __init__(
         self, tensor: torch.Tensor, storage: SavedStorage | RecomputedStorage, owner: Pass, slot: Slot | None
@@ -71,13 +76,13 @@ class Offloaded:
         self.storage = storage
         self.owner = owner
         self.slot = slot
-        self.dtype = tensor.dtype
-        self.shape = tensor.shape
-        self.stride = tensor.stride()
-        self.offset_bytes = tensor.storage_offset() * tensor.element_size()
-        # what a tensor says of its bytes without changing them: read as conjugate, read as negative
-        self.bits = (tensor.is_conj(), tensor.is_neg())
         self.version = tensor._version
+        form = storage.form
+        self.view: tuple[Form, int, bool, bool] | None = None
+        if form is None or form_of(tensor, storage.nbytes) != form:
+            own = Form(tensor.shape, tensor.stride(), tensor.dtype)
+            first = int(tensor.storage_offset()) * own.dtype.itemsize
+            self.view = (own, first, tensor.is_conj(), tensor.is_neg())
 
     def restore(self) -> torch.Tensor:
         """The tensor, rebuilt over its storage with the offset, shape and stride that it had.
@@ -85,17 +90,22 @@ class Offloaded:
         Raises:
             RuntimeError: it was changed in place since it was saved, or its restored bytes were.
         """
-        now = self.storage.probe._version
+        storage, view = self.storage, self.view
+        form = storage.form if view is None else view[0]
+        assert form is not None
+        now = storage.probe._version
         if now == self.version:
-            flat, first, changes = self.storage.fetch(self.dtype)
+            found, begin, changes = storage.fetch(form.dtype)
             if changes == 0:
-                tensor = flat.as_strided(self.shape, self.stride, (first + self.offset_bytes) // self.dtype.itemsize)
-                conjugate, negative = self.bits
+                if view is None:
+                    return found
+                _, first, conjugate, negative = view
+                tensor = found.as_strided(form.shape, form.stride, (begin + first) // form.dtype.itemsize)
                 if conjugate:
                     tensor = torch._conj(tensor)
                 return torch._neg_view(tensor) if negative else tensor
             now += changes
-        raise _changed(self.shape, self.dtype, self.storage.probe.device, now, self.version)
+        raise _changed(form.shape, form.dtype, storage.probe.device, now, self.version)
 
 
 def _changed(shape: torch.Size, dtype: torch.dtype, device: torch.device, now: int, then: int) -> RuntimeError:

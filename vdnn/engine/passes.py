@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from vdnn.calls import Frame
+from vdnn.engine.arena import Arena
 from vdnn.engine.recomputed import ChainRun
 from vdnn.engine.schedule import NOTHING, Schedule
 from vdnn.engine.storage import SavedStorage, same_counter
@@ -35,6 +36,7 @@ class Pass:
         "_inflight",
         "_inflight_bytes",
         "ahead_bytes",
+        "arena",
         "chains",
         "next_ahead",
         "order",
@@ -42,8 +44,9 @@ class Pass:
         "schedule",
     )
 
-    def __init__(self, schedule: Schedule) -> None:
+    def __init__(self, schedule: Schedule, arena: Arena | None = None) -> None:
         self.schedule = schedule
+        self.arena = arena  # laid out for the schedule, or None
         self.order: list[weakref.ref[SavedStorage]] = []  # those that left by rule, in pack order
         self.ahead_bytes = 0  # fetched before backward asked, and not asked for yet
         self.next_ahead: int | None = None  # place in `order` of the next one to fetch ahead

@@ -213,6 +213,8 @@ class _Chain:
 class RecomputedStorage:
     """One storage that is dropped and computed again. Its owner makes every call under one lock."""
 
+    form = None  # what comes back is bytes
+
     __slots__ = (
         "__weakref__",
         "_alias",
@@ -232,7 +234,7 @@ class RecomputedStorage:
         # An alias whose data was emptied: it keeps the version counter, and holds no memory.
         self.probe = source.detach()
         self._alias: torch.Tensor | None = source.detach()  # until the chain is known to make it again
-        self.probe.data = nothing_on(source.device)
+        self.probe.data = nothing_on(source.device, source.dtype)
         self._device = device
         self._chain: _Chain | None = None
         self._buffer: Buffer | None = None

@@ -39,11 +39,17 @@ class Slot:
         """Whether anything happens when this tensor is packed or asked for."""
         return bool(self.release or self.prefetch or self.arrive)
 
-    def mismatch(self, tensor: torch.Tensor) -> str:
-        """How the tensor differs from the planned one; "" if it does not."""
+    def fits(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor is the planned one, as far as can be seen."""
         name = self.name
-        if name is None or (self.dtype is tensor.dtype and name.rank == tensor.dim() and name.nbytes == tensor.nbytes):
-            return ""
+        return name is None or (
+            self.dtype is tensor.dtype and name.nbytes == tensor.nbytes and name.rank == tensor.dim()
+        )
+
+    def mismatch(self, tensor: torch.Tensor) -> str:
+        """How the tensor differs from the planned one."""
+        name = self.name
+        assert name is not None
         return (
             f"{name} was planned as {name.dtype} of rank {name.rank} and {name.nbytes} bytes, but is "
             f"{str(tensor.dtype).removeprefix('torch.')} of rank {tensor.dim()} and {tensor.nbytes} bytes"
@@ -115,6 +121,13 @@ class Schedule:
                 "simulator does: use vdnn-all, or run that library itself"
             )
         self.idle = not rule.offload and all(isinstance(action, Keep) for action in actions)
+        # Bytes that each entry takes on the host, in blocks: one for the storage, or one for each of its views.
+        self.host_sizes = {
+            index: (entry.storage_bytes,) if entry.action.whole else tuple(name.nbytes for name in entry.saved)
+            for index, entry in enumerate(plan.entries if plan else ())
+            if isinstance(entry.action, Offload)
+        }
+        self.host_blocks = sum(map(len, self.host_sizes.values()))
         if plan is None:
             return
         for index, entry in enumerate(plan.entries):

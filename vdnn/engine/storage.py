@@ -8,20 +8,23 @@
 The objects that autograd holds own it; when the last of them dies, so does the device memory, and the host
 block goes back to the pool with the event that its next owner has to wait for: the end of the copy back. (A
 copy out needs none: the next owner's copy out is behind it on the same stream.)
+
+Every call of torch costs the host about as much as all the rest here, so a tensor that is dense and all there is of its
+storage has a `form`: its alias is what is copied, and a tensor of the same form is what comes back. Others are bytes.
 """
 
 from __future__ import annotations
 
 import torch
 
-from vdnn.engine.device import Buffer, Device, Event, HostBlock, Stream
+from vdnn.engine.device import Buffer, Device, Event, Form, HostBlock, Stream
 from vdnn.engine.lifecycle import State, move
 
-__all__ = ["SavedStorage", "extent", "nothing_on", "same_counter", "typed"]
+__all__ = ["SavedStorage", "extent", "form_of", "nothing_on", "same_counter", "typed"]
 
 _set_version = torch._C._autograd._unsafe_set_version_counter
 
-_NOTHING: dict[torch.device, torch.Tensor] = {}  # a tensor without bytes for each device
+_NOTHING: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}  # a tensor without bytes for each of them
 
 
 class SavedStorage:
@@ -36,10 +39,12 @@ class SavedStorage:
         "_device",
         "_out",
         "_shift",
+        "_stream",
         "_version",
         "_view",
         "_waited",
         "first",
+        "form",
         "nbytes",
         "place",
         "probe",
@@ -51,14 +56,19 @@ class SavedStorage:
         self.nbytes = nbytes
         self.place = -1  # its number among the storages that left by rule; of a planned one -1
         self.state = State.RESIDENT
-        # An alias of the source whose data was emptied: it keeps the version counter, and holds no memory.
-        self.probe = source.detach()
-        self.probe.data = nothing_on(source.device)
         self._device = device
         self._block: HostBlock | None = None
-        self._buffer: Buffer | None = device.adopt(source, first, nbytes)
         # Some kernels give other bits on another alignment: a restored copy keeps the address modulo this.
         self._shift = (source.untyped_storage().data_ptr() + first) % device.alignment
+        self._stream = stream = device.current_stream()  # that this was made on, and packed on
+        # It keeps the version counter. Its data is emptied as soon as it must hold no memory.
+        self.probe = source.detach()
+        self.form = form = None if first or self._shift else form_of(source, nbytes)
+        if form is None:
+            self.probe.data = nothing_on(source.device, source.dtype)
+            self._buffer: Buffer | None = device.adopt(source, first, nbytes, stream)
+        else:
+            self._buffer = device.adopt(self.probe, first, nbytes, stream, form)
         self._begin = 0  # where byte 0 of the storage would be, in the memory that holds it now
         self._out: Event | None = None
         self._back: Event | None = None
@@ -66,20 +76,17 @@ class SavedStorage:
         self._view: torch.Tensor | None = None
         self._version = 0
 
-    def offload(self) -> bool:
-        """Start the copy out. False, and nothing done, where host memory is spent."""
+    def offload(self, block: HostBlock) -> None:
+        """Start the copy out, into the block; on the stream that this was made on."""
         device = self._device
-        self._block = block = device.host_block(self.nbytes)
-        if block is None:
-            return False
+        self._block = block
         assert self._buffer is not None
-        device.wait(device.offload_stream, device.record(device.current_stream()))
+        device.wait(device.offload_stream, device.record(self._stream))
         if block.busy is not None:
             device.wait(device.offload_stream, block.busy)
         self.state = move(self.state, State.OFFLOADING)  # before the copy: if that breaks off, it may be on its way
         device.copy_out(block, self._buffer)
         self._out = device.record(device.offload_stream)
-        return True
 
     def release(self) -> bool:
         """Compute waits for the copy out, and the device memory goes. False if it was not on its way out."""
@@ -93,6 +100,8 @@ class SavedStorage:
         self._buffer = self._view = None
         # made on another stream: that one's allocator must hear of the copy
         device.drop(buffer, device.offload_stream if current != buffer.stream else None)
+        if self.form is not None:
+            self.probe.data = nothing_on(self.probe.device, self.form.dtype)
         return True
 
     def prefetch(self) -> bool:
@@ -105,8 +114,9 @@ class SavedStorage:
             return False
         device, block = self._device, self._block
         assert block is not None
-        buffer = device.allocate(self._shift + self.nbytes)
-        device.wait(device.prefetch_stream, device.record(device.current_stream()))
+        stream = device.current_stream()
+        buffer = device.allocate(self._shift + self.nbytes, stream, self.form, self.probe)
+        device.wait(device.prefetch_stream, device.record(stream))
         device.wait(device.prefetch_stream, self._out)
         try:
             device.copy_back(buffer, block, self._shift)
@@ -135,25 +145,26 @@ class SavedStorage:
     def fetch(self, dtype: torch.dtype) -> tuple[torch.Tensor, int, int]:
         """The bytes on the device for the current stream.
 
-        Returns: a flat tensor of that dtype over the memory that holds them; where byte 0 of the storage would be in
-        that memory; and how often they were changed in place since they came back, through a tensor restored from them.
+        Returns: a tensor of that dtype over the memory that holds them, of the storage's form if it has one; where
+        byte 0 of the storage would be in that memory; and how often they were changed in place since they came back,
+        through a tensor restored from them.
         """
         if self.state is State.ON_HOST:
             self.prefetch()
+        current = self._device.current_stream()
         if self.state is State.PREFETCHING:
-            self.arrive()
-        elif self._back is not None:
-            current = self._device.current_stream()
-            if current != self._waited:
-                self._wait(current)
+            self._wait(current)
+            self.state = move(self.state, State.RESIDENT)
+        elif self._back is not None and current != self._waited:
+            self._wait(current)
         assert self._buffer is not None
-        flat = self._device.use(self._buffer)
+        bytes_ = self._device.use(self._buffer, current)
         view = self._view
         if view is None:
-            self._version = flat._version
+            self._version = bytes_._version
         if view is None or view.dtype is not dtype:
-            self._view = view = typed(flat, dtype)
-        return view, self._begin, flat._version - self._version
+            self._view = view = typed(bytes_, dtype)
+        return view, self._begin, bytes_._version - self._version
 
     def __del__(self) -> None:
         # In any thread, at any moment: nothing here may wait for another lock than the pool's own queue.
@@ -174,16 +185,29 @@ class SavedStorage:
             device.give_back(block, self._back)
 
 
-def nothing_on(device: torch.device) -> torch.Tensor:
-    """A tensor without bytes, the same one for each device."""
-    nothing = _NOTHING.get(device)
+def nothing_on(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor without bytes, the same one for each device and dtype."""
+    nothing = _NOTHING.get((device, dtype))
     if nothing is None:
-        nothing = _NOTHING[device] = torch.empty(0, device=device)
+        nothing = _NOTHING[device, dtype] = torch.empty(0, device=device, dtype=dtype)
     return nothing
 
 
+def form_of(tensor: torch.Tensor, nbytes: int) -> Form | None:
+    """How the tensor lies in its storage of `nbytes`, if it is dense and all there is of it."""
+    if tensor.nbytes != nbytes or tensor.storage_offset() or tensor.is_conj() or tensor.is_neg():
+        return None
+    if tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)):
+        return Form(tensor.shape, tensor.stride(), tensor.dtype)
+    return None
+
+
 def typed(flat: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The flat bytes read as another dtype, with the same version counter wherever whole elements fill them."""
+    """The bytes read as another dtype, with the same version counter wherever whole elements fill them."""
+    if flat.dtype is dtype:
+        return flat
+    if flat.dtype is not torch.uint8 or flat.dim() != 1:
+        flat = flat.as_strided((flat.numel(),), (1,)).view(torch.uint8)
     size = dtype.itemsize
     if flat.numel() % size == 0 and flat.storage_offset() % size == 0:
         return flat.view(dtype)

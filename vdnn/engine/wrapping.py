@@ -90,7 +90,7 @@ class Engine:
     def report(self) -> EngineReport:
         """What the engine did so far."""
         counts, plan = self.offloader.counts, self.last.plan if self.last else None
-        used, peak, reserved = self.offloader.device.host_bytes()
+        host = self.offloader.device.host_bytes()
         return EngineReport(
             device=self.offloader.device.name,
             policy=plan.policy if plan else "by rule",
@@ -104,9 +104,11 @@ class Engine:
             dropped_storages=counts.dropped_storages,
             dropped_bytes=counts.dropped_bytes,
             host_full=counts.host_full,
-            host_used_bytes=used,
-            host_peak_bytes=peak,
-            host_reserved_bytes=reserved,
+            host_used_bytes=host.used_bytes,
+            host_peak_bytes=host.peak_bytes,
+            host_reserved_bytes=host.reserved_bytes,
+            host_pinned_bytes=host.pinned_bytes,
+            host_allocations=host.allocations,
             mismatches=tuple(counts.mismatches),
             notes=plan.notes if plan else (),
         )

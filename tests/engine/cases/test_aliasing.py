@@ -117,10 +117,10 @@ def test_parameters_never_move_not_even_after_they_were_replaced(ground: Ground)
     moved: list[bool] = []  # whether it was a parameter or buffer, at the moment it was taken
     adopt = ground.device.adopt
 
-    def adopted(tensor: Tensor, first: int, nbytes: int):
+    def adopted(tensor: Tensor, *rest: object):
         fixed = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
         moved.append(tensor.untyped_storage()._cdata in fixed)
-        return adopt(tensor, first, nbytes)
+        return adopt(tensor, *rest)
 
     ground.device.adopt = adopted
     for change in (

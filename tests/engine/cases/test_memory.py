@@ -55,7 +55,7 @@ def test_bytes_reserved_are_within_two_percent_of_bytes_moved(ground: Ground) ->
     for _ in range(2):
         model(torch.randn(513, 512, device=ground.kind)).sum().backward()
     moved = ground.offloader(model).counts.offloaded_bytes // 2
-    _, peak, reserved = ground.device.host_bytes()
+    peak, reserved = ground.device.host_bytes()[1:3]
     assert moved <= peak <= reserved <= 1.02 * moved
 
 

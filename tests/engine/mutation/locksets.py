@@ -83,6 +83,8 @@ class Monitor:
             self._access(owner, field + "[]", True, born=True, extra=(self._atomic,))
             if name == "append":
                 return lambda item: (self._hand_over(item), value.append(item))[1]
+            if name in ("pop", "popleft"):
+                return lambda: self._taken(getattr(value, name)())
         elif isinstance(value, list | dict | set | deque):
             self._access(owner, field + "[]", name not in _READING, born=True)
         return getattr(value, name)
@@ -119,6 +121,10 @@ class Monitor:
         fields = getattr(thing, "__dict__", None)
         if fields is not None and type(thing).__module__.startswith("vdnn.engine"):
             fields.pop(_STATES, None)
+
+    def _taken(self, thing: Any) -> Any:
+        self._hand_over(thing)
+        return thing
 
     def _dies(self, thing: Any) -> None:
         """What a dying object alone has held belongs to the thread that it dies in."""

@@ -20,7 +20,8 @@ from typing import cast
 
 import torch
 
-from vdnn.engine.device import Buffer, HostBlock, byte_view
+from vdnn.engine.arena import Arena
+from vdnn.engine.device import Buffer, Form, HostBlock, HostUse, byte_view, over
 from vdnn.engine.hostpool import HostPool
 from vdnn.engine.virtual.account import MemoryAccount
 from vdnn.engine.virtual.order import Event, Execution, History, Stream
@@ -162,18 +163,27 @@ class VirtualDevice:
     def holds(self, tensor: torch.Tensor) -> bool:
         return tensor.device.type == "cpu"
 
-    def adopt(self, tensor: torch.Tensor, first: int, nbytes: int) -> Buffer:
+    def adopt(
+        self, tensor: torch.Tensor, first: int, nbytes: int, stream: Stream | None = None, form: Form | None = None
+    ) -> Buffer:
         with self._lock:
-            stream = self.current_stream()
-            buffer = Buffer(byte_view(tensor, first, nbytes), stream)
+            stream = stream or self.current_stream()
+            buffer = over(tensor, first, nbytes, stream, form)
             buffer.mark = History("a saved tensor's memory", stream.issue())
             self.execution.ran(stream, "pack", nbytes)
             return buffer
 
-    def allocate(self, nbytes: int) -> Buffer:
+    def allocate(
+        self, nbytes: int, stream: Stream | None = None, form: Form | None = None, like: torch.Tensor | None = None
+    ) -> Buffer:
         with self._lock:
-            stream = self.current_stream()
-            buffer = Buffer(torch.full((nbytes,), POISON, dtype=torch.uint8), stream)
+            stream = stream or self.current_stream()
+            if form is None or like is None:
+                data = torch.full((nbytes,), POISON, dtype=torch.uint8)
+            else:
+                data = like.new_empty_strided(form.shape, form.stride)
+                byte_view(data, 0, nbytes).fill_(POISON)
+            buffer = Buffer(data, stream, form)
             # whatever the memory held before was used on this stream, up to now
             buffer.mark = History("a restored tensor's memory", stream.issue())
             self.execution.ran(stream, "allocate", nbytes)
@@ -189,7 +199,8 @@ class VirtualDevice:
             buffer.mark.reads.append(access)
             block.mark.wrote(access)
             assert buffer.data is not None
-            self._enqueue(stream, access.tick, buffer, buffer.data, block.data[: block.nbytes])
+            # an alias: who lets go of the tensor may do so by giving it other data
+            self._enqueue(stream, access.tick, buffer, buffer.data.detach(), block.view(buffer.form))
             self.copied_out_bytes += block.nbytes
 
     def copy_back(self, buffer: Buffer, block: HostBlock, at: int) -> None:
@@ -202,19 +213,20 @@ class VirtualDevice:
             block.mark.reads.append(access)
             buffer.mark.wrote(access)
             assert buffer.data is not None
-            self._enqueue(stream, access.tick, block, block.data[: block.nbytes], buffer.data[at : at + block.nbytes])
+            target = buffer.data[at:] if at else buffer.data
+            self._enqueue(stream, access.tick, block, block.view(buffer.form), target)
             self.copied_back_bytes += block.nbytes
 
-    def use(self, buffer: Buffer) -> torch.Tensor:
+    def use(self, buffer: Buffer, stream: Stream | None = None) -> torch.Tensor:
         with self._lock:
-            current = self.current_stream()
+            current = stream or self.current_stream()
             if self.check:
                 buffer.mark.check_read(current, "use")
             if current is not buffer.stream:
                 buffer.mark.reads.append(current.issue())
                 buffer.mark.keepers.append(current)
             assert buffer.data is not None
-            self.execution.ran(current, "use", buffer.data.numel())
+            self.execution.ran(current, "use", buffer.data.nbytes)
             return buffer.data
 
     def drop(self, buffer: Buffer, reader: Stream | None = None) -> None:
@@ -234,17 +246,32 @@ class VirtualDevice:
             buffer.data = None
 
     def host_block(self, nbytes: int) -> HostBlock | None:
+        block = self._pool.take(nbytes)
+        if block is not None and block.mark is None:
+            self._note(block)
+        return block
+
+    def host_arena(self) -> Arena:
+        return Arena(self._pool, self._note)
+
+    def _note(self, block: HostBlock) -> None:
+        """Give a block its history, which it shares with the blocks that have bytes in common with it."""
         with self._lock:
-            block = self._pool.take(nbytes)
-            if block is not None and block.mark is None:
-                block.mark = History("a host block")
-                self.account.exclude(block.data)
-            return block
+            history = block.mark = History("a host block")
+            first = block.data.storage_offset()
+            end = first + block.data.numel()
+            cuts = block.slab.mark = block.slab.mark or []
+            for other_first, other_end, other in cuts:
+                if other_first < end and first < other_end:
+                    history.shares.append(other)
+                    other.shares.append(history)
+            cuts.append((first, end, history))
+            self.account.exclude(block.data)
 
     def give_back(self, block: HostBlock, busy: Event | None) -> None:
         self._pool.give_back(block, busy)
 
-    def host_bytes(self) -> tuple[int, int, int]:
+    def host_bytes(self) -> HostUse:
         return self._pool.sizes()
 
     # -- late execution ----------------------------------------------------------------------------

@@ -90,10 +90,10 @@ class History:
     """The accesses of one piece of memory that a later one may have to wait for.
 
     `home` is the stream that the memory was allocated on: whoever gets it next uses it there. `keepers` are streams
-    that the allocator was told of; it waits for them first.
+    that the allocator was told of; it waits for them first. `shares` are those of memory with bytes in common.
     """
 
-    __slots__ = ("home", "keepers", "reads", "what", "write")
+    __slots__ = ("home", "keepers", "reads", "shares", "what", "write")
 
     def __init__(self, what: str, write: Access | None = None) -> None:
         self.what = what
@@ -101,6 +101,7 @@ class History:
         self.home = write.stream if write is not None else None
         self.reads: list[Access] = []
         self.keepers: list[Stream] = []
+        self.shares: list[History] = []
 
     def check_read(self, stream: Stream, doing: str) -> None:
         """A read must come after the last write.
@@ -119,11 +120,13 @@ class History:
         Raises:
             RaceError: it is not ordered; names both streams.
         """
-        for access, verb in [(self.write, "writes"), *((read, "reads") for read in self.reads)]:
-            if access is not None and not access.before(stream):
-                raise RaceError(
-                    f"{doing}: {stream} reuses {self.what} without waiting for {access.stream}, which still {verb} it"
-                )
+        for history in (self, *self.shares):
+            for access, verb in [(history.write, "writes"), *((read, "reads") for read in history.reads)]:
+                if access is not None and not access.before(stream):
+                    raise RaceError(
+                        f"{doing}: {stream} reuses {self.what} without waiting for {access.stream}, "
+                        f"which still {verb} it"
+                    )
 
     def check_end(self) -> None:
         """The end of the memory must come after every access, as far as its home or a keeper knows.

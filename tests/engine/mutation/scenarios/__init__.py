@@ -1,6 +1,16 @@
 """Small scenarios on the virtual device, each of them right on the engine as it is."""
 
-from tests.engine.mutation.scenarios import cuda_calls, detector, memory, recomputing, steps, streams, threads, versions
+from tests.engine.mutation.scenarios import (
+    cuda_calls,
+    detector,
+    hostmemory,
+    memory,
+    recomputing,
+    steps,
+    streams,
+    threads,
+    versions,
+)
 from tests.engine.mutation.scenarios.base import SCENARIOS, Scenario, Wrong
 
 __all__ = [
@@ -9,6 +19,7 @@ __all__ = [
     "Wrong",
     "cuda_calls",
     "detector",
+    "hostmemory",
     "memory",
     "recomputing",
     "steps",

@@ -40,6 +40,7 @@ class _Cuda:
     def __init__(self) -> None:
         self.log: list[str] = []
         self.made = 0
+        self.device = 0
         self.now = _Stream(self, "compute")
         self.cudart = lambda: self
 
@@ -50,7 +51,7 @@ class _Cuda:
         return 1
 
     def current_device(self) -> int:
-        return 0
+        return self.device
 
     def get_device_name(self, _: object) -> str:
         return "a pretended GPU"
@@ -62,10 +63,14 @@ class _Cuda:
     def current_stream(self, _: object) -> _Stream:
         return self.now
 
+    def set_stream(self, stream: _Stream) -> None:
+        self.now = stream
+        self.log.append(f"on {stream.name}")
+
     @contextlib.contextmanager
     def stream(self, stream: _Stream) -> Iterator[None]:
         before, self.now = self.now, stream
-        self.log.append(f"on {stream.name}")
+        self.log.append(f"inside {stream.name}")
         try:
             yield
         finally:
@@ -117,7 +122,11 @@ def every_call_is_one_of_cudas(engine: ModuleType) -> None:
         source, target = device.adopt(torch.arange(64.0), 0, 256), device.allocate(256)
         device.copy_out(block, source)
         device.copy_back(target, block, 0)
-        _logged(cuda, "on side 1", "on side 2")
+        _logged(cuda, "on side 1", "on compute", "on side 2", "on compute")
+        cuda.device = 1  # another device is the current one: it must be so afterwards, too
+        device.copy_out(block, source)
+        _logged(cuda, "inside side 1")
+        cuda.device = 0
         expect(torch.equal(device.use(target), source.data), "the copy back has other bytes")
         _logged(cuda)
 

@@ -55,6 +55,22 @@ def what_left_is_gone_from_the_device(engine: ModuleType) -> None:
 
 
 @scenario
+def a_transpose_that_left_is_gone_too(engine: ModuleType) -> None:
+    """It is copied as bytes, a dense tensor as it is: neither holds the memory afterwards."""
+    device = engine.VirtualDevice()
+    x = torch.randn(8, 16, requires_grad=True)
+    for turned in (False, True):
+        with no_collector(), engine.offloading(device, engine.Rule(min_bytes=1, max_inflight_bytes=0)):
+            y = x * 1
+            z = (y.t() if turned else y).square()
+            memory = lives(y)
+            del y
+            device.finish()
+            expect(memory.expired(), "a saved tensor that left is still on the device")
+            del z
+
+
+@scenario
 def nothing_is_fetched_ahead_where_the_bound_is_nothing(engine: ModuleType) -> None:
     model, x = chain()
     counts = same(model, x, engine.VirtualDevice(), by_rule(engine, max_inflight_bytes=0, ahead_bytes=0), engine)

@@ -47,9 +47,9 @@ def by_plan_with_a_planned_wait(engine: ModuleType) -> None:
             log.append("back")
             super().copy_back(buffer, block, at)
 
-        def use(self, buffer) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        def use(self, buffer, stream=None) -> torch.Tensor:  # type: ignore[no-untyped-def]
             log.append("use")
-            return super().use(buffer)
+            return super().use(buffer, stream)
 
         def wait(self, stream, event) -> None:  # type: ignore[no-untyped-def]
             if stream is self.compute_stream and "back" in log:
@@ -76,9 +76,9 @@ def what_belongs_to_the_model_stays(engine: ModuleType) -> None:
     seen: set[int] = set()
 
     class Noting(engine.VirtualDevice):  # type: ignore[name-defined,misc]
-        def adopt(self, tensor, first, nbytes):  # type: ignore[no-untyped-def]
+        def adopt(self, tensor, *rest):  # type: ignore[no-untyped-def]
             seen.add(tensor.untyped_storage()._cdata)
-            return super().adopt(tensor, first, nbytes)
+            return super().adopt(tensor, *rest)
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), Anew(), nn.Tanh(), nn.Linear(16, 16))
