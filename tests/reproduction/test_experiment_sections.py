@@ -72,3 +72,47 @@ def test_the_paper_s_experiment_is_valid() -> None:
     experiment = read_experiment(Path(__file__).parents[2] / "experiments" / "paper.toml")
     assert len(experiment.networks) == 10
     assert {sweep.gpus for sweep in experiment.sweeps} == {("p100", "v100", "a100-80", "h100", "gh200", "rtx4090")}
+
+
+NODE = """
+title = "a node"
+[[node]]
+title = "links"
+file = "node.png"
+models = [{ model = "demo:cnn", batch = 2, image_size = 32 }]
+gpus = ["rtx4090"]
+policies = ["save-on-cpu"]
+precision = "fp32"
+ranks = 4
+per_link = [1, 2, 4]
+host_memory = "1GiB"
+"""
+
+
+def test_a_node_runs_resumes_and_draws(tmp_path: Path) -> None:
+    experiment = read_experiment(written(tmp_path, NODE))
+    out = tmp_path / "out"
+    assert run_missing(experiment, out) == (1, 0)
+    assert run_missing(experiment, out) == (0, 1)
+    write_page(experiment, out)
+    assert (out / "node.png").stat().st_size > 1000
+    (run,) = out.glob("runs/node-*.json")
+    policies = json.loads(run.read_text())["policies"]
+    assert list(policies) == ["none", "save-on-cpu"]
+    slowdowns = [step["slowdown"] for step in policies["save-on-cpu"]]
+    assert slowdowns == sorted(slowdowns), "more GPUs on a link are never faster under one plan"
+    assert "4 a link" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "says"),
+    [
+        (NODE.replace("[1, 2, 4]", "[8]"), UsageError, "8 GPUs on a link, of 4"),
+        (NODE.replace("[1, 2, 4]", '["two"]'), FormatError, "numbers of GPUs"),
+        (NODE.replace('"1GiB"', '"much"'), UsageError, "much"),
+        (NODE.replace("save-on-cpu", "save-on-gpu"), UsageError, "save-on-cpu"),
+    ],
+)
+def test_mistakes_in_a_node_are_found_first(tmp_path: Path, text: str, error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        read_experiment(written(tmp_path, text))

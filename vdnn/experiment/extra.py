@@ -3,6 +3,7 @@
 results/<name>/runs/paper-<network>.json       vdnn.reproduction.numbers
                     paper-stalls.json.gz       one simulated step with its timeline, for the stall diagram
                     link-<model>-….json        slowdowns by GPU and bandwidth
+                    node-<model>-….json        steps by GPU, policy and GPUs on a link
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ from typing import Any
 
 from vdnn import api, trace_cache
 from vdnn.costs import op_times
-from vdnn.experiment.spec import Experiment, Sweep
+from vdnn.experiment.spec import Experiment, NodeSweep, Sweep
 from vdnn.moments import resolve
+from vdnn.policies import model_options
 from vdnn.reporting import provenance
 from vdnn.reproduction import NETWORKS, numbers_of
 from vdnn.reproduction.numbers import MACHINE
 from vdnn.sim.run import run
 from vdnn.values import Trace, hardware, save
 
-__all__ = ["Extra", "extras_of", "sweep_file"]
+__all__ = ["Extra", "extras_of", "node_file", "sweep_file"]
 
 STALLS = ("VGG-16(64)", "vdnn-all-p")  # what Fig. 9 is drawn of
 
@@ -48,7 +50,17 @@ def extras_of(experiment: Experiment, folder: Path) -> list[Extra]:
             for precision in sweep.precisions:
                 path = sweep_file(folder, model[0], model[1], precision)
                 found.append(Extra(f"{model[0]} {precision}", path, _sweep(sweep, model, precision, path)))
+    for nodes in experiment.nodes:
+        for model in nodes.models:
+            for gpu in nodes.gpus:
+                path = node_file(folder, nodes, model[0], model[1], gpu)
+                found.append(Extra(f"{model[0]} in a node of {gpu}", path, _node(nodes, model, gpu, path)))
     return found
+
+
+def node_file(folder: Path, nodes: NodeSweep, model: str, batch: int, gpu: str) -> Path:
+    """Where the steps of one model on one kind of GPU are."""
+    return folder / "runs" / f"node-{model.replace(':', '-')}-{batch}-{nodes.ranks}x{gpu}-{nodes.precision}.json"
 
 
 def sweep_file(folder: Path, model: str, batch: int, precision: str) -> Path:
@@ -123,5 +135,40 @@ def _sweep(
                 "baseline_fits": base.fits,
             }
         _keep(path, {"model": name, "batch": batch, "precision": precision, "policy": sweep.policy, "gpus": gpus})
+
+    return work
+
+
+def _node(
+    nodes: NodeSweep, model: tuple[str, int, tuple[tuple[str, Any], ...]], gpu: str, path: Path
+) -> Callable[[Callable[[str], None]], None]:
+    def work(progress: Callable[[str], None]) -> None:
+        name, batch, options = model
+        alone_ns = 0
+        policies: dict[str, Any] = {}
+        for policy in dict.fromkeys(["none", *nodes.policies]):
+            progress(f"{name} {policy} in a node of {gpu}")
+            trace = _trace(name, batch, {**dict(options), **model_options(policy)}, nodes.precision, nodes.optimizer)
+            alone_ns = alone_ns or api.simulate(trace, None, gpu).iteration_time_ns or 0
+            steps = []
+            for count in nodes.per_link:
+                node = nodes.node(count)
+                step = api.simulate(trace, api.plan(trace, gpu, policy, node=node), gpu, node=node)
+                pinned = nodes.ranks * (step.host_peak_bytes or 0)
+                steps.append(
+                    {
+                        "gpus_per_link": count,
+                        "iteration_ns": step.iteration_time_ns,
+                        "slowdown": (step.iteration_time_ns or 0) / alone_ns,
+                        "stall_ns": step.stall_ns,
+                        "peak_requested_bytes": step.peak_requested_bytes,
+                        "pinned_bytes": pinned,
+                        "fits": step.fits,
+                        "notes": [note for note in step.notes if "GPUs" in note],
+                    }
+                )
+            policies[policy] = steps
+        heading = {"model": name, "batch": batch, "precision": nodes.precision, "gpu": gpu, "gpus": nodes.ranks}
+        _keep(path, {**heading, "host_memory": nodes.host_memory, "alone_ns": alone_ns, "policies": policies})
 
     return work

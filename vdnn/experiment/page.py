@@ -15,6 +15,7 @@ from typing import Any
 from vdnn.errors import EngineError, UsageError
 from vdnn.experiment.bandwidth import draw_sweep
 from vdnn.experiment.extra import extras_of
+from vdnn.experiment.node import draw_node
 from vdnn.experiment.runner import Files
 from vdnn.experiment.spec import Case, Experiment, Figure, Section
 from vdnn.reporting import as_text, predictions_table, result_rows, results_table
@@ -53,6 +54,8 @@ def write_page(experiment: Experiment, folder: Path) -> str:
         lines += [f"![{figure.caption or figure.kind}]({figure.file})", "", *_paragraph(figure.caption)]
     for sweep in experiment.sweeps:
         lines += draw_sweep(sweep, folder)
+    for nodes in experiment.nodes:
+        lines += draw_node(nodes, folder)
     rows = result_rows(list(results.values()))
     (folder / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
     (folder / "README.md").write_text("\n".join(lines).rstrip() + "\n")

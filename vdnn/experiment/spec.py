@@ -27,7 +27,7 @@ import dataclasses
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -36,9 +36,10 @@ from typing import Any, Literal
 from vdnn.errors import FormatError, UsageError, unknown_name
 from vdnn.policies import Options, find, must_run
 from vdnn.reporting import result_row
-from vdnn.values import RunResult, hardware
+from vdnn.units import parse_size
+from vdnn.values import Node, RunResult, hardware
 
-__all__ = ["FIGURES", "Case", "Experiment", "Figure", "Section", "read_experiment"]
+__all__ = ["FIGURES", "Case", "Experiment", "Figure", "NodeSweep", "Section", "read_experiment"]
 
 FIGURES = ("policies", "memory", "streams", "layers", "prediction")
 # Kinds that show one run alone.
@@ -120,6 +121,28 @@ class Sweep:
 
 
 @dataclass(frozen=True, slots=True)
+class NodeSweep:
+    """Slowdown against the number of GPUs on one link, in a node of `ranks` GPUs: a line a policy, a panel a model."""
+
+    title: str
+    text: str
+    file: str
+    caption: str
+    models: tuple[tuple[str, int, tuple[tuple[str, Any], ...]], ...]
+    gpus: tuple[str, ...]
+    precision: str
+    policies: tuple[str, ...]
+    optimizer: str
+    ranks: int
+    per_link: tuple[int, ...]
+    host_memory: str
+
+    def node(self, gpus_per_link: int) -> Node:
+        """The node with so many GPUs on a link."""
+        return Node(self.ranks, gpus_per_link, parse_size(self.host_memory))
+
+
+@dataclass(frozen=True, slots=True)
 class Experiment:
     """A file that was read: `name` is the file's without its ending.
 
@@ -134,6 +157,7 @@ class Experiment:
     figures: tuple[Figure, ...]
     networks: tuple[str, ...] = ()
     sweeps: tuple[Sweep, ...] = ()
+    nodes: tuple[NodeSweep, ...] = ()
 
     @property
     def cases(self) -> tuple[Case, ...]:
@@ -167,6 +191,7 @@ _FILE: dict[str, tuple[Any, Any]] = {
     "figure": (list, []),
     "reproduction": (dict, {}),
     "bandwidth": (list, []),
+    "node": (list, []),
 }
 _SWEEP: dict[str, tuple[Any, Any]] = {
     "title": (str, ...),
@@ -179,6 +204,20 @@ _SWEEP: dict[str, tuple[Any, Any]] = {
     "policy": (str, "vdnn-all"),
     "optimizer": (str, "none"),
     "links": (list, ...),
+}
+_NODE: dict[str, tuple[Any, Any]] = {
+    "title": (str, ...),
+    "text": (str, ""),
+    "file": (str, ...),
+    "caption": (str, ""),
+    "models": (list, ...),
+    "gpus": (list, ...),
+    "precision": (str, "amp"),
+    "policies": (list, ...),
+    "optimizer": (str, "sgd"),
+    "ranks": (int, 8),
+    "per_link": (list, [1, 2, 4, 8]),
+    "host_memory": (str, ...),
 }
 _SELECT = ("model", "batch", "gpu", "policy", "precision", "source")
 
@@ -203,10 +242,12 @@ def read_experiment(path: Path) -> Experiment:
             sections.append(_section(kind, table, f"{path}, [[{kind}]] {number + 1}"))
     networks = _networks(top["reproduction"], f"{path}, [reproduction]") if "reproduction" in data else ()
     sweeps = tuple(_sweep(table, f"{path}, [[bandwidth]] {n + 1}") for n, table in enumerate(top["bandwidth"]))
-    if not sections and not networks and not sweeps:
+    nodes = tuple(_node_sweep(table, f"{path}, [[node]] {n + 1}") for n, table in enumerate(top["node"]))
+    if not sections and not networks and not sweeps and not nodes:
         raise FormatError(f"{path} runs nothing: it needs a [[simulate]], a [[run]] or a [reproduction] table")
     figures = tuple(_figure(table, f"{path}, [[figure]] {n + 1}") for n, table in enumerate(top["figure"]))
-    made = Experiment(path.stem, str(path), top["title"], top["text"], tuple(sections), figures, networks, sweeps)
+    heading = (path.stem, str(path), top["title"], top["text"])
+    made = Experiment(*heading, tuple(sections), figures, networks, sweeps, nodes)
     for figure in figures:
         if not any(figure.shows_case(case) for case in made.cases):
             chosen = ", ".join(f"{name}={value}" for name, value in figure.select)
@@ -301,20 +342,41 @@ def _networks(table: Any, where: str) -> tuple[str, ...]:
 def _sweep(table: Any, where: str) -> Sweep:
     read = _checked(table, _SWEEP, where)
     find(read["policy"])
+    models = _models(read, read["precisions"], where)
+    if not all(isinstance(link, int | float) and link > 0 for link in read["links"]):
+        raise FormatError(f"{where}: links is {read['links']!r}, it must hold GB/s above 0")
+    tuples: dict[str, Any] = {name: tuple(read[name]) for name in ("gpus", "precisions", "links")}
+    return Sweep(**{**read, **tuples, "models": models})
+
+
+def _models(
+    read: dict[str, Any], precisions: Sequence[str], where: str
+) -> tuple[tuple[str, int, tuple[tuple[str, Any], ...]], ...]:
+    """Models with their batches and options, checked with the GPUs beside them."""
     models = []
     for row in read["models"]:
         if not isinstance(row, dict) or not {"model", "batch"} <= row.keys():
             raise FormatError(f'{where}: a model is written {{ model = "torchvision:resnet50", batch = 64 }}')
         options = {key: value for key, value in row.items() if key not in ("model", "batch")}
-        for precision in read["precisions"]:
+        for precision in precisions:
             _check_step(row["model"], row["batch"], precision, read["optimizer"], options)
         models.append((row["model"], row["batch"], tuple(sorted(options.items()))))
     for gpu in read["gpus"]:
         hardware(str(gpu))
-    if not all(isinstance(link, int | float) and link > 0 for link in read["links"]):
-        raise FormatError(f"{where}: links is {read['links']!r}, it must hold GB/s above 0")
-    tuples: dict[str, Any] = {name: tuple(read[name]) for name in ("gpus", "precisions", "links")}
-    return Sweep(**{**read, **tuples, "models": tuple(models)})
+    return tuple(models)
+
+
+def _node_sweep(table: Any, where: str) -> NodeSweep:
+    read = _checked(table, _NODE, where)
+    for policy in read["policies"]:
+        find(str(policy))
+    if not all(isinstance(count, int) for count in read["per_link"]):
+        raise FormatError(f"{where}: per_link is {read['per_link']!r}, it must hold numbers of GPUs")
+    tuples: dict[str, Any] = {name: tuple(read[name]) for name in ("gpus", "policies", "per_link")}
+    made = NodeSweep(**{**read, **tuples, "models": _models(read, [read["precision"]], where)})
+    for count in made.per_link:
+        made.node(count).check()
+    return made
 
 
 def iter_steps(cases: tuple[Case, ...]) -> Iterator[tuple[Case, ...]]:

@@ -9,6 +9,7 @@ from vdnn.reporting.plots.beside import Bars, Panel, Stack, pairs_figure, stacke
 from vdnn.reporting.plots.canvas import save_figure
 from vdnn.reporting.plots.layers import layers_figure
 from vdnn.reporting.plots.memory import memory_figure
+from vdnn.reporting.plots.node import node_figure
 from vdnn.reporting.plots.policies import policies_figure
 from vdnn.reporting.plots.prediction import prediction_figure
 from vdnn.reporting.plots.streams import streams_figure
@@ -21,6 +22,7 @@ __all__ = [
     "bandwidth_figure",
     "layers_figure",
     "memory_figure",
+    "node_figure",
     "pairs_figure",
     "policies_figure",
     "prediction_figure",
