@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from vdnn.errors import EngineError, PlanMismatchError
-from vdnn.values.plan import Action, Copy, Encode, Keep, Offload, Plan, Point, Recompute, SavedName
+from vdnn.values.plan import Copy, Encode, Keep, Offload, Plan, Point, Recompute, SavedName
 
 __all__ = ["NOTHING", "CallSchedule", "Rule", "Schedule", "Slot"]
 
@@ -28,7 +28,7 @@ class Slot:
     entry: int = -1
     name: SavedName | None = None
     dtype: torch.dtype | None = None
-    action: Action | None = None
+    action: Keep | Offload | Recompute | None = None
     source_of: list[int] = field(default_factory=list)
     release: list[int] = field(default_factory=list)
     prefetch: list[int] = field(default_factory=list)
@@ -131,6 +131,7 @@ class Schedule:
         if plan is None:
             return
         for index, entry in enumerate(plan.entries):
+            assert not isinstance(entry.action, Encode | Copy)  # refused above
             for name in entry.saved:
                 slot = self._slot(name.module, name.call, name.index)
                 slot.entry, slot.name, slot.action = index, name, entry.action
