@@ -78,10 +78,10 @@ def test_a_fast_link_offloads(peak: int, caplog: pytest.LogCaptureFixture) -> No
 
 
 def test_a_slow_link_recomputes_the_blocks(peak: int, caplog: pytest.LogCaptureFixture) -> None:
-    model, said = wrapped(peak * 9 // 10, "10MB/s", caplog)
+    model, said = wrapped(peak * 11 // 20, "10MB/s", caplog)
     assert vdnn.report(model).policy == "checkpoint"
     assert len(said) == 1
-    assert "nothing is offloaded; recomputes 4 blocks: offload alone would take" in said[0]
+    assert "nothing is offloaded; recomputes 4 blocks: " in said[0]
     vdnn.unwrap(model)
     assert not any("forward" in vars(block) for block in model.modules())
 
@@ -94,7 +94,7 @@ def test_each_shape_has_its_own_decision(peak: int) -> None:
     plain = copy.deepcopy(model)
     vdnn.wrap(
         model,
-        device=vdnn.VirtualDevice(memory=peak * 9 // 10, d2h="10MB/s", h2d="10MB/s", seed=1),
+        device=vdnn.VirtualDevice(memory=peak * 11 // 20, d2h="10MB/s", h2d="10MB/s", seed=1),
         optimizer="none",
         min_bytes=1024,
     )

@@ -2,9 +2,11 @@
 
     chains(trace)[storage]    the calls of cheap modules that make it, one after the other, and the saved tensor
                               that the first of them takes
+    chains(trace, costly=True)    those of convolutions and matrix products, too
 
 Cheap is a module that, with all modules inside it, only normalises, activates, pools or resamples: its output costs a
-pass over memory, its input is saved anyway. A batch norm and the ReLU in place behind it are a chain of two.
+pass over memory, its input is saved anyway. A batch norm and the ReLU in place behind it are a chain of two. Costly is
+a layer without modules inside it that does arithmetic: it is made again in full, as checkpointing does.
 """
 
 from __future__ import annotations
@@ -44,9 +46,9 @@ def makers(trace: Trace) -> dict[int, list[int]]:
     return found
 
 
-def chains(trace: Trace) -> dict[int, Chain]:
+def chains(trace: Trace, *, costly: bool = False) -> dict[int, Chain]:
     """The chain of every saved storage that has one."""
-    looked = _Looking(trace)
+    looked = _Looking(trace, costly)
     found = {}
     for storage in sorted({t.storage for t in trace.saved}):
         chain = looked.chain_of(storage)
@@ -97,8 +99,10 @@ def _ops_of_calls(trace: Trace) -> list[list[int]]:
 
 
 class _Looking:
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: Trace, costly: bool) -> None:
         self.trace = trace
+        self.costly = costly
+        self.parents = {call.parent for call in trace.modules}
         self.made = makers(trace)
         self.own = _ops_of_calls(trace)
         self.packed: dict[int, list[int]] = {}  # module call → saved tensors packed in it
@@ -126,7 +130,7 @@ class _Looking:
         if calls[0] < 0 or self.readers.get(storage, set()) <= {i for call in calls for i in self.own[call]}:
             return None  # no module's output, but something beside it: a norm's statistics, a pool's indices
         while len(calls) <= _LONGEST:
-            if not all(self._cheap(call) for call in calls):
+            if not all(self._allowed(call) for call in calls):
                 return None
             inside = [i for call in calls for i in self.own[call]]
             if inside != sorted(inside) or any(i not in inside for i in ops):
@@ -150,11 +154,13 @@ class _Looking:
 
         return sorted(call for call in calls if not inside(call))
 
-    def _cheap(self, call: int) -> bool:
+    def _allowed(self, call: int) -> bool:
         if call < 0 or not self.own[call]:
             return False
         ops = [self.trace.ops[i] for i in self.own[call]]
-        return all(op.kernel in _CHEAP and not any(word in op.name for word in RANDOM) for op in ops)
+        if any(word in op.name for op in ops for word in RANDOM):
+            return False
+        return all(op.kernel in _CHEAP for op in ops) or (self.costly and call not in self.parents)
 
     def _taken(self, inside: Sequence[int]) -> set[int]:
         """What the ops read that they do not make themselves, weights and buffers aside."""

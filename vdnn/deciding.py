@@ -33,7 +33,7 @@ from vdnn.policies import Options, decide, recomputed_blocks, remarks
 from vdnn.sim import simulate_step
 from vdnn.tracing import OPTIMIZERS, capture_model, likely_loss
 from vdnn.units import format_bytes
-from vdnn.values import Hardware, Plan, Trace, hardware
+from vdnn.values import Hardware, Keep, Plan, Trace, hardware
 
 __all__ = ["Decider", "give_cudnn_back", "keep_blocks", "machine_of", "recompute_blocks", "rule_for"]
 
@@ -205,7 +205,7 @@ class Decider:
         kept: Plan | None = None
         try:
             kept = plan_for_budget(trace, self.machine, there, self.options)
-            if not kept.offloaded_bytes:
+            if all(isinstance(entry.action, Keep) for entry in kept.entries):
                 return kept, False
         except InfeasibleError as error:
             impossible = error
@@ -217,11 +217,11 @@ class Decider:
         if again is not None and other is not None:
             ours = simulate_step(other, again, self.machine).iteration_time_ns or 0
             if kept is None:
-                return _named(other, again, "offload alone does not fit"), True
+                return _named(other, again, "nothing else fits"), True
             theirs = simulate_step(trace, kept, self.machine).iteration_time_ns or 0
             if ours < theirs:
                 return _named(
-                    other, again, f"offload alone would take {theirs / max(ours, 1):.2f} times the time"
+                    other, again, f"deciding by storage would take {theirs / max(ours, 1):.2f} times the time"
                 ), True
         if kept is not None:
             return kept, False

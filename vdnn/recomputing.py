@@ -21,7 +21,7 @@ from vdnn.chains import RANDOM, Chain, makers, planned_chains
 from vdnn.errors import PlanMismatchError
 from vdnn.moments import Points
 from vdnn.values.plan import Offload, Plan, Recompute
-from vdnn.values.trace import Op, Storage, Trace
+from vdnn.values.trace import Op, SavedTensor, Storage, Trace
 
 __all__ = ["makeable", "recompute", "recomputed", "regenerators"]
 
@@ -88,23 +88,35 @@ def recomputed(trace: Trace, plan: Plan | None) -> Trace:
 
 
 def recompute(
-    trace: Trace, dropped: Collection[int], away: Collection[int] = (), ways: Mapping[int, Chain] | None = None
+    trace: Trace,
+    dropped: Collection[int],
+    away: Collection[int] = (),
+    ways: Mapping[int, Chain] | None = None,
+    *,
+    checked: bool = True,
 ) -> Trace:
     """The step without these storages between forward and backward; `away` are those that are offloaded.
 
-    `ways` says by which ops a storage is made; without it by those that made it, as far back as it takes.
+    `ways` says by which ops a storage is made; without it by those that made it, as far back as it takes. A search
+    that rewrites the same step a hundred times may do without `checked`.
 
     Raises:
         PlanMismatchError: a storage cannot be computed again.
     """
-    return _Rewriting(trace, dropped, away, ways or {}).write()
+    return _Rewriting(trace, dropped, away, ways or {}, checked).write()
 
 
 class _Rewriting:
     def __init__(
-        self, trace: Trace, dropped: Collection[int], away: Collection[int], ways: Mapping[int, Chain]
+        self,
+        trace: Trace,
+        dropped: Collection[int],
+        away: Collection[int],
+        ways: Mapping[int, Chain],
+        checked: bool,
     ) -> None:
         self.trace = trace
+        self.checked = checked
         self.dropped = set(dropped)
         self.away = set(away)
         self.ways = ways
@@ -188,9 +200,9 @@ class _Rewriting:
         for _, again in self.inserted:
             before.append(before[-1] + len(again))
 
-        def moment(position: int) -> int:
-            """A position: what is computed again at it comes after it."""
-            return position + before[bisect_left(at, position)]
+        # a position: what is computed again at it comes after it; an op: after it
+        moments = [p + before[bisect_left(at, p)] for p in range(len(trace.ops) + 1)]
+        moment = moments.__getitem__
 
         def index(op: int) -> int:
             return op + before[bisect_left(at, op + 1)]
@@ -213,19 +225,27 @@ class _Rewriting:
                 alloc = moment(position) + place
                 dies = self.dies.get(number)
                 free = moment(dies[0]) + dies[1] if dies else moment(s.free)
-                storages.append(replace(s, alloc=alloc, free=free, release=free))
+                storages.append(_lasting(s, alloc, free, s.need, free))
             elif number in self.dropped:
                 gone = moment(max(s.release, self.last_pack.get(number, 0)))
-                storages.append(replace(s, alloc=index(s.alloc), release=gone, free=gone, need=-1))
+                storages.append(_lasting(s, index(s.alloc), gone, -1, gone))
             else:
                 alloc = index(s.alloc) if s.alloc >= 0 else -1
                 need = moment(min([s.need, *first.get(number, ())])) if s.need >= 0 else -1
-                storages.append(replace(s, alloc=alloc, release=moment(s.release), need=need, free=moment(s.free)))
+                storages.append(_lasting(s, alloc, moment(s.release), need, moment(s.free)))
         saved = tuple(
-            replace(
-                t,
-                packed_at=moment(t.packed_at),
-                unpacked_at=tuple(moment(u) for u in sorted({*self.asked.get(i, ()), *t.unpacked_at})),
+            SavedTensor(
+                t.module,
+                t.index,
+                t.storage,
+                t.dtype,
+                t.shape,
+                t.stride,
+                t.offset,
+                t.nbytes,
+                moment(t.packed_at),
+                tuple(moment(u) for u in sorted({*self.asked.get(i, ()), *t.unpacked_at})),
+                t.node,
             )
             for i, t in enumerate(trace.saved)
         )
@@ -238,5 +258,11 @@ class _Rewriting:
             for call in trace.modules
         )
         made = replace(trace, ops=tuple(ops), storages=tuple(storages), saved=saved, modules=modules)
-        made.check()
+        if self.checked:
+            made.check()
         return made
+
+
+def _lasting(s: Storage, alloc: int, release: int, need: int, free: int) -> Storage:
+    """The storage with another lifetime; a planner makes millions, and `replace` takes five times as long."""
+    return Storage(s.nbytes, s.category, s.name, alloc, release, need, free, s.held)

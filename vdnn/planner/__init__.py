@@ -1,6 +1,17 @@
-"""Search: plans that are judged by the simulator before anyone runs them."""
+"""Search: plans that are judged by the simulator before anyone runs them, and bounds that no plan goes below."""
 
-from vdnn.planner.budget import plan_for_budget
+from vdnn.planner.bound import Bound, least_memory, time_bound
+from vdnn.planner.budget import Planned, best_plan, least_plan, plan_for_budget
 from vdnn.planner.shrinking import BUDGETED, budgeted_plan
 
-__all__ = ["BUDGETED", "budgeted_plan", "plan_for_budget"]
+__all__ = [
+    "BUDGETED",
+    "Bound",
+    "Planned",
+    "best_plan",
+    "budgeted_plan",
+    "least_memory",
+    "least_plan",
+    "plan_for_budget",
+    "time_bound",
+]

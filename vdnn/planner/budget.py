@@ -1,40 +1,77 @@
-"""Offload no more than a budget asks for: the plan that fits and, of those tried, takes the least time.
+"""The plan that fits into a budget and takes the least time of all that were tried, and how good it can be at most.
 
-What is saved first is needed last, so it has the longest time to go and to come back. So the storages are
-taken in the order of forward, as many as it needs for the step to fit; how many is found by bisection, with
-the simulator as the judge. `vdnn-conv` is tried beside, for what it moves is the easiest to hide.
+    without a plan         if the step fits as it is, nothing is done
+    the policies           vdnn-all, vdnn-conv and vdnn-dyn: the plan is never slower than theirs
+    the search             vdnn.planner.search: keep, offload or compute again, one decision a storage
+    the bound              vdnn.planner.bound: no plan is faster; the plan's notes say the gap
 
-    wide     many bytes may be on their way at once: few stalls, but memory for them
-    narrow   one storage at a time, as in vDNN
-    none     nothing runs ahead of its use: the least memory, at the price of stalls; only if it must be
+Every plan was simulated, with the budget as the limit of reserved memory, before it is returned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
+from vdnn.chains import action_of
 from vdnn.errors import InfeasibleError, UsageError
+from vdnn.moments import Points
+from vdnn.planner.bound import Bound, time_bound
+from vdnn.planner.search import Found, Search
 from vdnn.policies import Options, decide
-from vdnn.policies.candidates import Saved, survey
-from vdnn.policies.event_rules import event_actions, needed_soon
 from vdnn.policies.plans import make_plan
 from vdnn.sim import simulate_step
-from vdnn.units import format_bytes
+from vdnn.sim.allocator_step import step_memory
+from vdnn.units import format_bytes, format_ns
 from vdnn.values.hardware import Hardware
-from vdnn.values.plan import Plan
+from vdnn.values.plan import Offload, Plan, Recompute
 from vdnn.values.result import RunResult
 from vdnn.values.trace import Trace
 
-__all__ = ["plan_for_budget"]
+__all__ = ["Planned", "best_plan", "least_plan", "plan_for_budget"]
 
-# Bytes on their way at once, each direction, in largest storages.
-_WIDTHS = (1, 8)
-_Judged = tuple[Plan, RunResult]
+# Policies that are candidates, too; all that the engine executes on the step as it is.
+_CANDIDATES = ("vdnn-all", "vdnn-conv", "vdnn-dyn", "recompute", "recompute-offload")
+# Ops that may be simulated in local search, and how many starts are looked at with the allocator's model.
+_WORK = 500_000
+_STARTS = 3
+# The least storage that moves, if nothing else fits: below that a copy's latency is all that it takes.
+_SMALL = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan with what the simulator says of it, the bound, and the step without a plan."""
+
+    plan: Plan
+    result: RunResult
+    bound: Bound
+    without: RunResult
+
+    @property
+    def gap(self) -> float:
+        """How much longer than the bound the step is, as a share."""
+        return (self.result.iteration_time_ns or 0) / max(self.bound.time_ns, 1) - 1
 
 
 def plan_for_budget(trace: Trace, hardware: Hardware, budget_bytes: int, options: Options | None = None) -> Plan:
-    """The plan for a step that must fit into `budget_bytes` of device memory.
+    """The plan for a step that must fit into `budget_bytes` of reserved device memory.
+
+    Raises:
+        UsageError: a budget that is not positive, or an option that cannot be.
+        InfeasibleError: no plan fits; names the least budget found that does, and what fills it.
+    """
+    return best_plan(trace, hardware, budget_bytes, options).plan
+
+
+def best_plan(
+    trace: Trace, hardware: Hardware, budget_bytes: int, options: Options | None = None, *, seconds: float = 10.0
+) -> Planned:
+    """The same, with its prediction and the bound.
+
+    Args:
+        seconds: that the solver may take for each of its programs; without its answers heuristics decide, and the
+            plan's notes say so.
 
     Raises:
         UsageError: a budget that is not positive, or an option that cannot be.
@@ -44,65 +81,104 @@ def plan_for_budget(trace: Trace, hardware: Hardware, budget_bytes: int, options
         raise UsageError(f"a budget of {budget_bytes} bytes holds nothing: give one like 12GiB")
     options = options or Options()
     options.check()
+    hardware.check()
 
-    def judged(plan: Plan) -> _Judged:
+    def judged(plan: Plan) -> tuple[Plan, RunResult]:
         return plan, simulate_step(trace, plan, hardware, memory_limit=budget_bytes)
 
-    none = judged(decide("none", trace, hardware, options))
-    if none[1].fits:
-        note = f"the step fits into {format_bytes(budget_bytes)} without offload ({_peak(none[1])})"
-        return replace(none[0], policy="budget", budget_bytes=budget_bytes, notes=(note,))
-    saved = survey(trace, options)
-    kept = {item.storage: item.why for item in saved if not item.movable}
-    movable = [item for item in saved if item.movable]
-    soon = needed_soon(trace, hardware, movable)
-    tried: list[_Judged] = []
-    later = [item for item in movable if item.storage not in soon]
-    largest = max((item.nbytes for item in movable), default=0)
-    wide = [replace(options, max_inflight_bytes=n * largest, window_bytes=n * largest) for n in _WIDTHS]
-    # the last also moves what backward needs soon, and nothing runs ahead: that stalls, but may be what it takes
-    for items, choice in (
-        *((later, choice) for choice in wide),
-        (movable, replace(options, window_bytes=0, max_inflight_bytes=0)),
-    ):
-        if choice.window_bytes == 0 and any(result.fits for _, result in tried):
-            break
-
-        def first(count: int, items: list[Saved] = items, choice: Options = choice) -> _Judged:
-            actions, inflight = event_actions(trace, items[:count], choice)
-            rest = {item.storage: "the budget does not ask for it" for item in items[count:]}
-            late = dict.fromkeys(soon, "needed before its copy out could be over")
-            return judged(make_plan("budget", trace, choice, actions, {**late, **rest, **kept}, inflight))
-
-        everything = first(len(items))
-        tried.append(everything)
-        if everything[1].fits:
-            tried.append(_fewest(first, len(items)))
-    tried.append(judged(decide("vdnn-conv", trace, hardware, replace(options, rules="event"))))
-    fitting = [pair for pair in tried if pair[1].fits]
-    if not fitting:
-        raise _impossible(trace, budget_bytes, [result for _, result in tried])
-    plan, result = min(fitting, key=lambda pair: (pair[1].iteration_time_ns or 0, pair[0].offloaded_bytes))
-    moved = sum(entry.action.action == "offload" for entry in plan.entries)
-    note = (
-        f"offloads {moved} of {len(plan.entries)} saved storages, {format_bytes(plan.offloaded_bytes)}, to fit into "
-        f"{format_bytes(budget_bytes)}: predicted {_peak(result)}, "
-        f"{(result.iteration_time_ns or 0) / max(none[1].iteration_time_ns or 1, 1):.2f} times the time"
-    )
-    return replace(plan, policy="budget", budget_bytes=budget_bytes, notes=(note,))
-
-
-def _fewest(first: Callable[[int], _Judged], most: int) -> _Judged:
-    """The least number of storages that fits, if fitting were monotone; else one that fits."""
-    low, high, found = 0, most, first(most)  # `low` does not fit, `high` does
-    while high - low > 1:
-        middle = (low + high) // 2
-        pair = first(middle)
+    none, without = judged(decide("none", trace, hardware, options))
+    if without.fits:
+        note = f"the step fits into {format_bytes(budget_bytes)} without offload ({_peak(without)})"
+        plan = replace(none, policy="budget", budget_bytes=budget_bytes, notes=(note,))
+        bound = Bound(without.iteration_time_ns or 0, "the step fits as it is", True, {}, {})
+        return Planned(plan, replace(without, policy="budget", plan=plan.fingerprint()), bound, without)
+    search = Search(trace, hardware, options)
+    bound = time_bound(trace, hardware, search.op_ns, budget_bytes, seconds=seconds)
+    fitting = [pair for pair in map(judged, _candidates(trace, hardware, options, budget_bytes)) if pair[1].fits]
+    for plan in _searched(search, budget_bytes, seconds):
+        pair = judged(plan)
         if pair[1].fits:
-            high, found = middle, pair
-        else:
-            low = middle
-    return found
+            fitting.append(pair)
+            break
+    if not fitting:
+        search = Search(trace, hardware, replace(options, min_bytes=min(options.min_bytes, _SMALL)))
+        fitting = [pair for pair in map(judged, _searched(search, budget_bytes, seconds)) if pair[1].fits][:1]
+    if not fitting:
+        raise _impossible(trace, hardware, budget_bytes, options)
+    plan, result = min(fitting, key=lambda pair: (pair[1].iteration_time_ns or 0, pair[0].offloaded_bytes))
+    notes = [_what(plan, result, without, budget_bytes), _how_good(result, bound)]
+    if search.gave_up or not bound.solved:
+        notes.append(f"the solver gave up after {seconds:g} s: decided by heuristics alone, and the bound is weak")
+    plan = replace(plan, policy="budget", budget_bytes=budget_bytes, notes=tuple(notes))
+    return Planned(plan, replace(result, policy="budget", plan=plan.fingerprint(), notes=plan.notes), bound, without)
+
+
+def _candidates(trace: Trace, hardware: Hardware, options: Options, budget: int) -> Iterator[Plan]:
+    choice = replace(options, rules="event", budget_bytes=budget)
+    for name in _CANDIDATES:
+        try:
+            yield decide(name, trace, hardware, choice)
+        except (UsageError, InfeasibleError):
+            continue  # vdnn-dyn says so where nothing of its own fits
+
+
+def _searched(search: Search, budget: int, seconds: float) -> Iterator[Plan]:
+    """Plans of the search, the best first; the last needs the least memory."""
+    target = budget if search.trace.device == "cpu" else budget * 15 // 16
+    seeds = sorted(search.seeds(target, seconds), key=lambda seed: seed.found.rank)
+    fitting = [found for seed in seeds[:_STARTS] if (found := search.refit(seed, budget)) is not None]
+    if not fitting:
+        fitting = [found for seed in seeds[_STARTS:] if (found := search.refit(seed, budget)) is not None][:1]
+    if not fitting:
+        fitting = [found for found in search.least() if search.fits(found, budget)][:1]
+    fitting.sort(key=lambda found: found.rank)
+    if fitting:
+        yield plan_of(search, search.improve(fitting[0], budget, _WORK))
+    for found in fitting:
+        yield plan_of(search, found)
+
+
+def plan_of(search: Search, found: Found) -> Plan:
+    """What was found, as a plan."""
+    points = Points(search.trace)
+    actions: dict[int, Offload | Recompute] = dict(found.schedule.actions)
+    for s in found.dropped:
+        actions[s] = action_of(points, search.chains[s], _why_again(search, s))
+    kept = {item.storage: item.why or "the budget does not ask for it" for item in search.saved}
+    return make_plan("budget", search.trace, search.options, actions, kept)
+
+
+def _why_again(search: Search, storage: int) -> str:
+    link = search.movable[storage].nbytes * 10**9 // search.hardware.h2d_bytes_per_s
+    return f"takes {format_ns(search.again_ns[storage])}; fetching it takes {format_ns(link)}"
+
+
+# -- words -----------------------------------------------------------------------------------------
+
+
+def _what(plan: Plan, result: RunResult, without: RunResult, budget: int) -> str:
+    moved = [entry for entry in plan.entries if isinstance(entry.action, Offload)]
+    again = [entry for entry in plan.entries if isinstance(entry.action, Recompute)]
+    parts = []
+    if moved:
+        parts.append(
+            f"offloads {len(moved)} of {len(plan.entries)} saved storages, {format_bytes(plan.offloaded_bytes)}"
+        )
+    if again:
+        nbytes = sum(entry.storage_bytes for entry in again)
+        parts.append(f"computes {len(again)} again, {format_bytes(nbytes)}")
+    return (
+        f"{' and '.join(parts)}, to fit into {format_bytes(budget)}: predicted {_peak(result)}, "
+        f"{(result.iteration_time_ns or 0) / max(without.iteration_time_ns or 1, 1):.2f} times the time"
+    )
+
+
+def _how_good(result: RunResult, bound: Bound) -> str:
+    time = result.iteration_time_ns or 0
+    return (
+        f"{format_ns(time)} a step; no plan takes less than {format_ns(bound.time_ns)} here, "
+        f"so this one is within {100 * (time / max(bound.time_ns, 1) - 1):.1f} % of the best"
+    )
 
 
 def _peak(result: RunResult) -> str:
@@ -113,22 +189,58 @@ def _peak(result: RunResult) -> str:
     return "no peak"
 
 
-def _impossible(trace: Trace, budget_bytes: int, results: list[RunResult]) -> InfeasibleError:
-    def least(result: RunResult) -> int:
-        return result.peak_reserved_bytes or result.peak_allocated_bytes or result.peak_requested_bytes or 0
+# -- the least budget ------------------------------------------------------------------------------
 
-    best = min(results, key=least)
+
+def least_plan(trace: Trace, hardware: Hardware, options: Options | None = None) -> Planned:
+    """The plan that fits into the least memory of those known, whatever its time, with that as its budget."""
+    options = options or Options()
+    found: list[tuple[int, Plan]] = []
+    for search in (
+        Search(trace, hardware, options),
+        Search(trace, hardware, replace(options, min_bytes=min(options.min_bytes, _SMALL))),
+    ):
+        for one in search.least()[:_STARTS]:
+            step = search.step(one.dropped)[0].trace
+            found.append((_least_capacity(step, one), plan_of(search, one)))
+    budget, plan = min(found, key=lambda pair: pair[0])
+    plan = replace(plan, budget_bytes=budget, notes=("needs the least memory: everything goes at once",))
+    result = simulate_step(trace, plan, hardware, memory_limit=budget)
+    without = simulate_step(trace, None, hardware)
+    bound = Bound(without.iteration_time_ns or 0, "the step without a plan", False, {}, {})
+    return Planned(plan, result, bound, without)
+
+
+def _least_capacity(step: Trace, found: Found) -> int:
+    """The least device memory in which the allocator's model runs it, to a 256th."""
+    low = found.requested_bytes
+    if step.device == "cpu":
+        return low
+    moves = found.schedule.moves
+    high = step_memory(step, moves, 1 << 60).peak_reserved_bytes
+    low -= 1
+    while high - low > max(low >> 8, 1 << 20):
+        middle = (low + high) // 2
+        if step_memory(step, moves, middle).fits:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def _impossible(trace: Trace, hardware: Hardware, budget: int, options: Options) -> InfeasibleError:
+    least = least_plan(trace, hardware, options)
     sums: dict[str, int] = {}
-    for item in best.peak_items:
+    for item in least.result.peak_items:
         sums[item.category] = sums.get(item.category, 0) + item.nbytes
     filling = ", ".join(
         f"{category.replace('_', ' ')} {format_bytes(nbytes)}"
         for category, nbytes in sorted(sums.items(), key=lambda pair: -pair[1])[:4]
     )
-    top = ", ".join(f"{i.module} {format_bytes(i.nbytes)}" for i in best.peak_items[:3] if i.module)
+    top = ", ".join(f"{i.module} {format_bytes(i.nbytes)}" for i in least.result.peak_items[:3] if i.module)
     return InfeasibleError(
-        f"no plan found fits {trace.model} (batch {trace.batch}) into {format_bytes(budget_bytes)}: the least is "
-        f"{_peak(best)}, at {best.peak_at}, filled by {filling}"
+        f"no plan found fits {trace.model} (batch {trace.batch}) into {format_bytes(budget)}: the least is "
+        f"{format_bytes(least.plan.budget_bytes or 0)}, at {least.result.peak_at}, filled by {filling}"
         + (f" (largest: {top})" if top else "")
         + "; give that budget, or a smaller batch"
     )

@@ -30,7 +30,7 @@ from vdnn.sim.recorder import Cause, Recorder
 from vdnn.values.hardware import Hardware
 from vdnn.values.trace import Trace
 
-__all__ = ["Run", "run"]
+__all__ = ["Run", "clock", "run"]
 
 _MARK, _REDUCE, _ACTION, _SUMMED = range(4)  # what comes first at one position
 
@@ -143,6 +143,19 @@ def run(
         recorder.sums(copies, first, buckets)
     forward, both = marks[trace.forward_end], marks[trace.backward_end]
     return Run(forward, both - forward, total, stalled, idle, len(op_ns) + len(program) + copies.events, summed)
+
+
+def clock(trace: Trace, op_ns: Sequence[int], hardware: Hardware) -> list[int]:
+    """When compute reaches each position of a step without a plan; the last is when the step is over."""
+    host = now = 0
+    reached = [0]
+    for duration in op_ns:
+        host += hardware.launch_ns
+        if duration:
+            now = max(now, host) + duration
+        reached.append(now)
+    reached[-1] = max(now, host)
+    return reached
 
 
 def _cause(kind: int, move: Move) -> Cause:

@@ -1,0 +1,338 @@
+"""No plan is faster: a linear program that every plan's step satisfies, so its optimum is a bound from below.
+
+    variables   f_i, g_i    how much of storage i goes to the host, how much is computed again (f + g <= 1)
+                h_o         how much of a forward op runs a second time, for ops that make several storages
+                X_k         when compute starts the op at breakpoint k
+                T_k, J_k    bytes that have gone out, and come back, by then
+    minimise    X at the end of the step
+
+    time        X_k - X_(k-1) >= the ops between + what is computed again there;  X_k >= its time without a plan
+    link        T_k - T_(k-1) <= d2h (X_k - X_(k-1)), the same for J, and both together <= what they share
+    order       T_k <= packed so far;  needed so far <= J_k <= T_k
+    memory      live_k - (gone out and released) + come back - dropped <= budget, while each op runs
+
+It is a bound because it only leaves things out: transfers may be partial and start at any time, what a storage is
+computed again from is there for nothing, no allocator rounds, no kernel launch is late, no copy has a latency. It has a
+row for each breakpoint and its sums are written as recurrences (cumulative rows take HiGHS minutes instead of a
+second). Breakpoints are the positions where something is packed, let go, or needed; beyond `_MOST` of them neighbours
+are merged, which again only leaves things out: packs and releases move to the beginning of their stretch, needs to its
+end.
+
+A budget binds reserved memory; requested bytes are never more than that, so the bound holds for it.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+from vdnn.chains import makers
+from vdnn.liveness import requested
+from vdnn.moments import MOVABLE, extent
+from vdnn.sim.run import clock
+from vdnn.values.hardware import Hardware
+from vdnn.values.trace import Trace
+
+__all__ = ["Bound", "Piece", "least_memory", "pieces", "time_bound"]
+
+_MOST = 900  # breakpoints
+_SAFETY = 1e-6  # HiGHS meets its rows to about this share
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """No plan's step is shorter than `time_ns`; `why` says how it was found, `solved` whether it was.
+
+    `out` and `again` are the shares of each piece that the optimum moves and computes again, by storage.
+    """
+
+    time_ns: int
+    why: str
+    solved: bool
+    out: dict[int, float]
+    again: dict[int, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One storage that may be away, in [gone, need): the least that a copy carries, and the ops that make it again.
+
+    `free` is where autograd lets go of it; `again` is None if nothing makes it again.
+    """
+
+    storage: int
+    nbytes: int
+    moved: int
+    pack: int
+    gone: int
+    need: int
+    free: int
+    again: tuple[int, ...] | None
+
+
+def pieces(trace: Trace) -> list[Piece]:
+    """Everything that any plan could take away between forward and backward, however small."""
+    tensors: dict[int, list[int]] = {}
+    for i, t in enumerate(trace.saved):
+        tensors.setdefault(t.storage, []).append(i)
+    made = makers(trace)
+    found = []
+    for storage, group in tensors.items():
+        s = trace.storages[storage]
+        if s.category not in MOVABLE or s.held or not s.nbytes:
+            continue
+        packed = [trace.saved[i].packed_at for i in group]
+        gone, need = max(s.release, max(packed)), s.need if s.need >= 0 else s.free
+        if gone < need:
+            again = _closure(trace, storage, need, made)
+            covered = min(s.nbytes, _covered(trace, group)) if s.need >= 0 else 0
+            found.append(Piece(storage, s.nbytes, covered, min(packed), gone, need, s.free, again))
+    return found
+
+
+def _covered(trace: Trace, group: Sequence[int]) -> int:
+    covered = end = 0
+    for first, nbytes in sorted(extent(trace.saved[i]) for i in group):
+        covered += max(0, first + nbytes - max(first, end))
+        end = max(end, first + nbytes)
+    return covered
+
+
+def _closure(trace: Trace, storage: int, position: int, made: dict[int, list[int]]) -> tuple[int, ...] | None:
+    """The ops that must run again to have a storage at a position, if all that may be there is there."""
+    ops: set[int] = set()
+    wanted, seen = [storage], {storage}
+    while wanted:
+        makes = made.get(wanted.pop())
+        if not makes:
+            return None
+        ops.update(makes)
+        for op in makes:
+            for r in trace.ops[op].reads:
+                s = trace.storages[r]
+                if r not in seen and not s.alloc <= position < s.free:
+                    seen.add(r)
+                    wanted.append(r)
+    return tuple(sorted(ops))
+
+
+def least_memory(trace: Trace) -> int:
+    """Requested bytes that no plan goes below: whatever may be away is away, in no time."""
+    change = [0] * (len(trace.ops) + 2)
+    for piece in pieces(trace):
+        change[piece.gone] += piece.nbytes
+        change[piece.need] -= piece.nbytes
+    away = accumulate(change)
+    return max((live - gone for live, gone in zip(requested(trace), away, strict=False)), default=0)
+
+
+def time_bound(
+    trace: Trace,
+    hardware: Hardware,
+    op_ns: Sequence[int],
+    budget_bytes: int,
+    *,
+    items: Sequence[Piece] | None = None,
+    seconds: float = 20.0,
+) -> Bound:
+    """The bound on the step's time with this much memory.
+
+    Args:
+        items: what may be away; default: everything that could (only then it is a bound for every plan).
+        seconds: for the solver. If they do not suffice, the bound is the step without a plan, and says so.
+    """
+    base = clock(trace, op_ns, hardware)
+    live = requested(trace)
+    found = list(pieces(trace)) if items is None else list(items)
+    if max(live, default=0) <= budget_bytes:
+        return Bound(base[-1], "the step fits as it is", True, {}, {})
+    program = _Program(trace, hardware, op_ns, base, live, budget_bytes, found)
+    status, value, out, again = program.solve(seconds)
+    if status == 2:
+        return Bound(base[-1], "no plan fits", True, {}, {})
+    if status != 0:
+        return Bound(base[-1], f"the solver gave up after {seconds:g} s: the step without a plan", False, {}, {})
+    bound = max(base[-1], math.floor(value * (1 - _SAFETY)))
+    return Bound(bound, f"linear program of {program.rows} rows and {program.columns} columns", True, out, again)
+
+
+class _Program:
+    """The rows and columns, in thousandths of the peak and of the step: HiGHS likes numbers near 1."""
+
+    def __init__(
+        self,
+        trace: Trace,
+        hardware: Hardware,
+        op_ns: Sequence[int],
+        base: Sequence[int],
+        live: Sequence[int],
+        budget: int,
+        items: list[Piece],
+    ) -> None:
+        self.items = items
+        self.byte = max(live) / 1000
+        self.ns = max(base[-1], 1) / 1000
+        self._entries: tuple[list[int], list[int], list[float]] = ([], [], [])
+        self._upper: list[float] = []
+        self._equal: list[bool] = []
+        self._low: list[float] = []
+        self._high: list[float | None] = []
+        self._cost: list[float] = []
+        self.points = _breakpoints(len(op_ns), live, budget, items)
+        work = list(accumulate(op_ns, initial=0))
+        at = self.points
+        last = len(at) - 1
+        out = [self._column(0, 1) for _ in items]
+        again = [self._column(0, 0 if piece.again is None else 1) for piece in items]
+        for f, g in zip(out, again, strict=True):
+            self._row([(f, 1), (g, 1)], 1)
+        time = [self._column(base[p] / self.ns, None) for p in at]
+        sent = [self._column(0, None) for _ in at]
+        back = [self._column(0, None) for _ in at]
+        self._cost[time[last]] = 1
+
+        packed: list[list[tuple[int, float]]] = [[] for _ in at]
+        gone: list[list[tuple[int, float]]] = [[] for _ in at]
+        needed: list[list[tuple[int, float]]] = [[] for _ in at]
+        absent: list[list[tuple[int, float]]] = [[] for _ in at]  # what changes in what is away without the link
+        costs: list[list[tuple[int, float]]] = [[] for _ in at]
+        shared: dict[int, list[int]] = {}
+        for i, piece in enumerate(items):
+            for op in piece.again or ():
+                shared.setdefault(op, []).append(i)
+        for i, piece in enumerate(items):
+            begin, end = bisect_right(at, piece.gone) - 1, min(bisect_left(at, piece.need), last)
+            away, moved = piece.nbytes / self.byte, piece.moved / self.byte
+            packed[bisect_right(at, piece.pack) - 1].append((out[i], moved))
+            gone[begin].append((out[i], moved))
+            needed[end].append((out[i], moved))
+            absent[begin].append((again[i], away))
+            absent[end].append((again[i], -away))
+            if moved < away:  # saved views that cover less than their storage: the rest does not come back
+                absent[begin].append((out[i], away - moved))
+                absent[min(bisect_left(at, piece.free), last)].append((out[i], moved - away))
+            alone = sum(op_ns[op] for op in piece.again or () if len(shared[op]) == 1)
+            if alone:
+                costs[end].append((again[i], alone / self.ns))
+        for op, users in shared.items():
+            if len(users) > 1 and op_ns[op]:
+                twice = self._column(0, 1)
+                for i in users:
+                    self._row([(again[i], 1), (twice, -1)], 0)
+                ends = max(min(bisect_left(at, items[i].need), last) for i in users)
+                costs[ends].append((twice, op_ns[op] / self.ns))
+
+        rates = [r * self.ns / self.byte / 1e9 for r in (hardware.d2h_bytes_per_s, hardware.h2d_bytes_per_s)]
+        both = hardware.duplex_bytes_per_s * self.ns / self.byte / 1e9
+        sums = [self._recurrence(part) for part in (packed, gone, needed, absent)]
+        for k in range(last + 1):
+            if k:
+                step = [(time[k - 1], 1.0), (time[k], -1.0)]
+                self._row([*step, *costs[k]], -(work[at[k]] - work[at[k - 1]]) / self.ns)
+                went, came = [(sent[k], 1.0), (sent[k - 1], -1.0)], [(back[k], 1.0), (back[k - 1], -1.0)]
+                self._row([*went, *((c, v * rates[0]) for c, v in step)], 0)
+                self._row([*came, *((c, v * rates[1]) for c, v in step)], 0)
+                if both < sum(rates):
+                    self._row([*went, *came, *((c, v * both) for c, v in step)], 0)
+            self._row([(sent[k], 1), *_minus(sums[0][k])], 0)
+            self._row([*sums[2][k], (back[k], -1)], 0)
+            self._row([(back[k], 1), (sent[k], -1)], 0)
+            if k < last:
+                here = live[at[k]]
+                later = max(live[at[k] + 1 : at[k + 1]], default=0)
+                for most, so_far in ((here, k), (later, k + 1)):
+                    if most > budget:
+                        over = (budget - most) / self.byte
+                        self._row([(back[k], 1), (sent[so_far], -1), *_minus(sums[3][k])], over)
+                if max(here, later) > budget:
+                    over = (budget - max(here, later)) / self.byte
+                    self._row([(back[k], 1), *_minus(sums[1][k]), *_minus(sums[3][k])], over)
+        self._out, self._again = out, again
+
+    def _column(self, low: float, high: float | None) -> int:
+        self._low.append(low)
+        self._high.append(high)
+        self._cost.append(0.0)
+        return len(self._cost) - 1
+
+    def _row(self, entries: Sequence[tuple[int, float]], upper: float, equal: bool = False) -> None:
+        rows, columns, values = self._entries
+        for column, value in entries:
+            rows.append(len(self._upper))
+            columns.append(column)
+            values.append(value)
+        self._upper.append(upper)
+        self._equal.append(equal)
+
+    def _recurrence(self, changes: list[list[tuple[int, float]]]) -> list[list[tuple[int, float]]]:
+        """For each breakpoint a column that is the sum of all changes up to it, or nothing where that is zero."""
+        sums: list[list[tuple[int, float]]] = []
+        before: list[tuple[int, float]] = []
+        for change in changes:
+            if change:
+                column = self._column(0, None)
+                self._row([(column, -1), *before, *change], 0, equal=True)
+                before = [(column, 1)]
+            sums.append(before)
+        return sums
+
+    @property
+    def rows(self) -> int:
+        """How many."""
+        return len(self._upper)
+
+    @property
+    def columns(self) -> int:
+        """How many."""
+        return len(self._cost)
+
+    def solve(self, seconds: float) -> tuple[int, float, dict[int, float], dict[int, float]]:
+        """HiGHS's status (0: optimal, 2: infeasible), the time in ns, and the shares by storage."""
+        import numpy as np
+        from scipy.optimize import linprog
+        from scipy.sparse import csr_matrix
+
+        rows, columns, values = self._entries
+        matrix = csr_matrix((values, (rows, columns)), shape=(self.rows, self.columns))
+        upper, equal = np.array(self._upper), np.array(self._equal)
+        solved: Any = linprog(
+            self._cost,
+            A_ub=matrix[~equal],
+            b_ub=upper[~equal],
+            A_eq=matrix[equal] if equal.any() else None,
+            b_eq=upper[equal] if equal.any() else None,
+            bounds=list(zip(self._low, self._high, strict=True)),
+            method="highs",
+            options={"time_limit": seconds},
+        )
+        if solved.status != 0:
+            return int(solved.status), 0.0, {}, {}
+        shares = [
+            {piece.storage: float(solved.x[column]) for piece, column in zip(self.items, which, strict=True)}
+            for which in (self._out, self._again)
+        ]
+        return 0, float(solved.fun) * self.ns, shares[0], shares[1]
+
+
+def _minus(entries: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    return [(column, -value) for column, value in entries]
+
+
+def _breakpoints(n: int, live: Sequence[int], budget: int, items: Sequence[Piece]) -> list[int]:
+    """Positions where something changes, and both ends; neighbours merged beyond `_MOST`."""
+    changing = {p for piece in items for p in (piece.pack, piece.gone, piece.need)}
+    # where most lives between two of them a row must know how far the link had come
+    inner = sorted(p for p in {0, n, *changing} if p <= n)
+    for begin, end in pairwise(inner):
+        top = max(range(begin, end), key=live.__getitem__)
+        if live[top] > budget:
+            changing.add(top)
+    found = sorted(p for p in {0, n, *changing} if 0 <= p <= n)
+    if len(found) <= _MOST:
+        return found
+    weight = len(found) / _MOST
+    return sorted({found[min(round(i * weight), len(found) - 1)] for i in range(_MOST)} | {0, n})
