@@ -143,7 +143,9 @@ class Step:
             for saved, nbytes, out, need in parcel.views:
                 on_demand = need is not None and (fetch is None or fetch[0] >= need)
                 at = need if on_demand else fetch[0] if fetch else None
-                moves.append(Move(storage, saved, nbytes, entry, out, release, at, on_demand, None, need))
+                free = self.trace.storages[storage].free
+                lives = (free, max(free, out[0] + 1))
+                moves.append(Move(storage, saved, nbytes, entry, out, release, at, on_demand, None, need, *lives))
         return Schedule(actions, tuple(moves), max(over, more), stalls)
 
     def _releases(
