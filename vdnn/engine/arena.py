@@ -70,7 +70,8 @@ class Arena:
     def take(self, entry: int, nbytes: int) -> HostBlock | None:
         """The block of an entry of the plan, None where it is in use or too small."""
         with self._pool.lock:
-            self._pool.collect()
+            if not self._homes.get(entry):
+                self._pool.collect()
             for _ in range(len(self._homes.get(entry, ()))):
                 block = self._homes[entry].popleft()
                 if block.data.numel() >= nbytes:

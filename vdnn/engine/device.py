@@ -92,7 +92,7 @@ class HostBlock:
     def view(self, form: Form | None) -> torch.Tensor:
         """Its first `nbytes` in a buffer's form. In a step that repeats itself the form is the last one's."""
         view = self._view
-        if view is None or view.nbytes != self.nbytes or self._form != form:
+        if view is None or view.nbytes != self.nbytes or (self._form is not form and self._form != form):
             view = self.data[: self.nbytes]
             if form is not None:
                 view = view.view(form.dtype).as_strided(form.shape, form.stride)

@@ -28,7 +28,7 @@ from vdnn.engine.recomputed import RecomputedStorage
 from vdnn.engine.schedule import NOTHING, Schedule, Slot
 from vdnn.engine.storage import SavedStorage, extent
 from vdnn.errors import DeviceOutOfMemory
-from vdnn.values.plan import Keep, Offload, Recompute
+from vdnn.values.plan import Offload, Recompute
 
 __all__ = ["Counts", "Offloader", "storage_keys"]
 
@@ -186,17 +186,19 @@ class Offloader:
         if slot is not None and slot.action is not None:
             if not slot.fits(tensor):
                 self._mismatch(slot.mismatch(tensor))
-            elif isinstance(slot.action, Keep):
-                return None
-            else:
+            elif type(slot.action) is Offload or type(slot.action) is Recompute:
                 action = slot.action
+            else:
+                return None
         if action is None and not self._look:
             return None
         if not is_plain(tensor) or not self.device.holds(tensor):
             return None
         storage = tensor.untyped_storage()
         nbytes = storage.nbytes()
-        if nbytes == 0 or tensor.numel() == 0 or storage._cdata in self.fixed or self._belongs(frame, storage):
+        if nbytes == 0 or tensor.numel() == 0 or storage._cdata in self.fixed:
+            return None
+        if frame.module._parameters and self._belongs(frame, storage):
             return None
         if isinstance(action, Recompute):
             assert slot is not None
@@ -273,13 +275,17 @@ class Offloader:
             self.counts.offloaded_storages += 1
             self.counts.offloaded_bytes += nbytes
             here.add(storage, version, saved, entry)
-            here.release_oldest()
+            if entry < 0:
+                here.release_oldest()
             return saved
 
     def _release(self, here: Pass, entries: list[int]) -> None:
         with self._lock:
-            for saved in here.of_entries(entries):
-                saved.release()
+            for entry in entries:
+                for weak in here.by_entry.get(entry, ()):
+                    saved = weak()
+                    if saved is not None:
+                        saved.release()
 
     # -- unpack ------------------------------------------------------------------------------------
 
@@ -303,12 +309,17 @@ class Offloader:
                     storage.make(self.unpack)
                     self.counts.recomputed_storages += 1
             if slot is not None:
-                if slot.prefetch:
-                    for saved in packed.owner.of_entries(slot.prefetch):
-                        self._prefetch(saved)
-                if slot.arrive:
-                    for saved in packed.owner.of_entries(slot.arrive):
-                        saved.arrive()
+                by_entry = packed.owner.by_entry
+                for entry in slot.prefetch:
+                    for weak in by_entry.get(entry, ()):
+                        saved = weak()
+                        if saved is not None:
+                            self._prefetch(saved)
+                for entry in slot.arrive:
+                    for weak in by_entry.get(entry, ()):
+                        saved = weak()
+                        if saved is not None:
+                            saved.arrive()
             return packed.restore() if isinstance(packed, Offloaded) else restore_kept(packed.kept)
 
     def _fetch(self, here: Pass, storage: SavedStorage) -> None:

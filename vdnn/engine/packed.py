@@ -79,7 +79,9 @@ class Offloaded:
         self.version = tensor._version
         form = storage.form
         self.view: tuple[Form, int, bool, bool] | None = None
-        if form is None or form_of(tensor, storage.nbytes) != form:
+        if form is not None and storage.fresh:
+            storage.fresh = False  # it was made of this very tensor
+        elif form is None or form_of(tensor, storage.nbytes) != form:
             own = Form(tensor.shape, tensor.stride(), tensor.dtype)
             first = int(tensor.storage_offset()) * own.dtype.itemsize
             self.view = (own, first, tensor.is_conj(), tensor.is_neg())

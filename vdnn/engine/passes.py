@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -32,11 +31,11 @@ class Pass:
     __slots__ = (
         "__weakref__",
         "_copies",
-        "_entries",
         "_inflight",
         "_inflight_bytes",
         "ahead_bytes",
         "arena",
+        "by_entry",
         "chains",
         "next_ahead",
         "order",
@@ -54,7 +53,7 @@ class Pass:
         self.outside = Frame(_NOWHERE, OUTSIDE, 0, None)
         self.outside.slot = schedule.calls.get((OUTSIDE, 0), NOTHING)
         self.chains: dict[int, ChainRun] = {}  # by plan entry, while forward runs
-        self._entries: dict[int, list[weakref.ref[SavedStorage]]] = {}
+        self.by_entry: dict[int, list[weakref.ref[SavedStorage]]] = {}  # those that a plan moves, by its entries
         self._copies: dict[int, list[_Copy]] = {}
         self._inflight: deque[tuple[int, weakref.ref[SavedStorage]]] = deque()
         self._inflight_bytes = 0
@@ -92,7 +91,11 @@ class Pass:
         else:
             others[:] = [*(other for other in others if other[0]() is storage), copy]
         if entry >= 0:
-            self._entries.setdefault(entry, []).append(weak)
+            others_of = self.by_entry.get(entry)
+            if others_of is None:
+                self.by_entry[entry] = [weak]
+            else:
+                others_of.append(weak)
         else:
             saved.place = len(self.order)
             self.order.append(weak)
@@ -108,13 +111,3 @@ class Pass:
             saved = weak()
             if saved is not None:
                 saved.release()
-
-    def of_entries(self, entries: Iterable[int]) -> list[SavedStorage]:
-        """Those that live and belong to these entries of the plan."""
-        found = []
-        for entry in entries:
-            for weak in self._entries.get(entry, ()):
-                saved = weak()
-                if saved is not None:
-                    found.append(saved)
-        return found

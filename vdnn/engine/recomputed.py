@@ -214,6 +214,7 @@ class RecomputedStorage:
     """One storage that is dropped and computed again. Its owner makes every call under one lock."""
 
     form = None  # what comes back is bytes
+    fresh = False
 
     __slots__ = (
         "__weakref__",

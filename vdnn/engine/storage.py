@@ -24,6 +24,8 @@ __all__ = ["SavedStorage", "extent", "form_of", "nothing_on", "same_counter", "t
 
 _set_version = torch._C._autograd._unsafe_set_version_counter
 
+_FORMS: dict[Form, Form] = {}  # one object for each, so that comparing them costs nothing
+_MOST_FORMS = 1 << 12
 _NOTHING: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}  # a tensor without bytes for each of them
 
 
@@ -45,6 +47,7 @@ class SavedStorage:
         "_waited",
         "first",
         "form",
+        "fresh",
         "nbytes",
         "place",
         "probe",
@@ -55,6 +58,7 @@ class SavedStorage:
         self.first = first
         self.nbytes = nbytes
         self.place = -1  # its number among the storages that left by rule; of a planned one -1
+        self.fresh = True  # nothing was packed of it yet
         self.state = State.RESIDENT
         self._device = device
         self._block: HostBlock | None = None
@@ -198,7 +202,14 @@ def form_of(tensor: torch.Tensor, nbytes: int) -> Form | None:
     if tensor.nbytes != nbytes or tensor.storage_offset() or tensor.is_conj() or tensor.is_neg():
         return None
     if tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)):
-        return Form(tensor.shape, tensor.stride(), tensor.dtype)
+        key = (tensor.shape, tensor.stride(), tensor.dtype)
+        form: Form | None = _FORMS.get(key)  # type: ignore[call-overload]
+        if form is None:
+            if len(_FORMS) >= _MOST_FORMS:
+                _FORMS.clear()  # shapes that never come again; equal forms that are two objects do no harm
+            form = Form(*key)
+            _FORMS[form] = form
+        return form
     return None
 
 
