@@ -15,6 +15,7 @@ from tests.sim.test_simulator import conv_chain_without_relu, one_byte_a_ns
 from tests.strategies import hardwares, traces
 from vdnn.engine import Schedule
 from vdnn.errors import EngineError, FormatError, UsageError
+from vdnn.experiment import read_experiment
 from vdnn.liveness import requested
 from vdnn.moments import resolve
 from vdnn.policies import Options, decide
@@ -234,7 +235,7 @@ def test_a_peers_step_keeps_order_and_account(trace, machine):
 
 
 @pytest.mark.parametrize("policy", PEERS)
-def test_the_engine_refuses_what_only_the_simulator_does(policy):
+def test_the_engine_refuses_what_only_the_simulator_does(policy, tmp_path):
     trace = conv_chain(batch=64)
     plan = decide(policy, trace, hardware("rtx4090"))
     with pytest.raises(EngineError, match="copies saved tensor by saved tensor"):
@@ -246,6 +247,15 @@ def test_the_engine_refuses_what_only_the_simulator_does(policy):
     ):
         with pytest.raises(UsageError, match="which vdnn only simulates: compare with it"):
             ask()
+    sections = {kind: tmp_path / f"{kind}.toml" for kind in ("run", "simulate")}
+    for kind, file in sections.items():
+        file.write_text(
+            f'title = "t"\n[[{kind}]]\ntitle = "s"\nmodels = ["demo:cnn"]\nbatches = [2]\ngpus = ["t4"]\n'
+            f'policies = ["{policy}"]\n'
+        )
+    assert len(read_experiment(sections["simulate"]).cases) == 2
+    with pytest.raises(UsageError, match="which vdnn only simulates"):
+        read_experiment(sections["run"])
     with pytest.raises(UsageError, match="Torch7"):
         decide(policy, trace, hardware("titan-x"), Options(regime="paper"))
 

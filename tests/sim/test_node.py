@@ -146,6 +146,18 @@ def test_the_host_of_a_node_must_hold_what_all_of_its_gpus_pin():
     assert any("does not fit into the host: 4 GPUs pin" in note for note in result.notes)
 
 
+def test_a_plan_for_a_budget_counts_the_buckets():
+    trace, card = conv_chain(batch=64, channels=(16, 16, 64, 64)), "rtx4090"
+    node = Node(4, 2)
+    held = sum(bucket.nbytes for bucket in data_parallel(trace, node)[1])
+    budget = (vdnn.simulate(trace, None, card).peak_requested_bytes or 0) + held // 2
+    plan = vdnn.plan(trace, card, budget=budget, node=node, min_bytes=0)
+    assert plan.trace == trace.fingerprint()
+    actions = {entry.action.action for entry in plan.entries}
+    assert actions - {"keep"}, "without the buckets it would fit as it is"
+    assert vdnn.simulate(trace, plan, card, memory_limit=budget, node=node).fits is True
+
+
 def test_a_nodes_timeline_has_the_all_reduces():
     trace, machine = three_products(), replace(hardware("titan-x"), launch_ns=0)
     result = simulate_step(trace, None, machine, node=Node(4, 4), timeline=True)

@@ -5,8 +5,9 @@ simulator executes such a plan (`vdnn.tensorwise` says in which order). Read in 
 (`torch/autograd/graph.py`) and torchtune (`training/_activation_offloading.py`, April 2026).
 
 Not in it: a strided view is gathered on the device before it is copied (a temporary of its size); the Python time of
-the hooks; pinning itself, which the first step pays (about 3 ms a tensor); `record_stream` where a gradient is a view
-of what was unpacked; torchtune's `NoOpManager` around the last linear layer of its own models.
+the hooks; the end of the host's run-ahead, when CUDA's queue of launches is full; pinning itself, which the first step
+pays (about 3 ms a tensor); `record_stream` where a gradient is a view of what was unpacked; torchtune's `NoOpManager`
+around the last linear layer of its own models.
 """
 
 from __future__ import annotations
