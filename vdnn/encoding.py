@@ -1,6 +1,7 @@
 """A step in which codes stand for some feature maps between forward and backward, as a trace.
 
     encoded(trace, plan)     the step under the plan's `Encode` actions
+    planned(trace, plan)     the step under all that a plan changes in it: also its `Recompute` actions
 
 Where the first of a storage's saved tensors is packed, ops make the code; the storage itself goes when forward lets go
 of it. Where backward first asks for one, ops make a storage of the same form from the code, which then goes. In the new
@@ -18,11 +19,12 @@ from dataclasses import dataclass, replace
 from vdnn.encodable import elements_of, refusal, windows
 from vdnn.errors import PlanMismatchError
 from vdnn.moments import Moment, Points
+from vdnn.recomputing import recomputed
 from vdnn.values.codes import ITEM_BYTES, code_bytes, restored_bytes
 from vdnn.values.plan import Encode, Entry, Plan
 from vdnn.values.trace import Category, Kernel, Op, Phase, Storage, Trace
 
-__all__ = ["encoded"]
+__all__ = ["encoded", "planned"]
 
 
 def encoded(trace: Trace, plan: Plan | None) -> Trace:
@@ -33,6 +35,15 @@ def encoded(trace: Trace, plan: Plan | None) -> Trace:
     """
     entries = [e for e in plan.entries if isinstance(e.action, Encode)] if plan is not None else []
     return _Rewriting(trace, entries).write() if entries else trace
+
+
+def planned(trace: Trace, plan: Plan | None) -> Trace:
+    """The step that runs under a plan, but for what is offloaded: `resolve` says what of it moves, and when.
+
+    Raises:
+        PlanMismatchError: as `recomputed` and `encoded`.
+    """
+    return encoded(recomputed(trace, plan), plan)
 
 
 @dataclass(slots=True)

@@ -18,7 +18,6 @@ from typing import Literal
 
 from vdnn.errors import PlanMismatchError
 from vdnn.tensorwise import trips
-from vdnn.values.codes import ITEM_BYTES, code_bytes
 from vdnn.values.plan import OUTSIDE, Copy, Encode, Entry, Offload, Plan, Point, SavedName
 from vdnn.values.trace import SavedTensor, Trace
 
@@ -211,9 +210,7 @@ def resolve(plan: Plan | None, trace: Trace, points: Points | None = None) -> tu
                 f"{entry.saved[0]} shares its storage with {plan.entries[taken[storage]].saved[0]}, another entry"
             )
         taken[storage] = number
-        nbytes = entry.storage_bytes
-        if isinstance(entry.action, Encode):
-            nbytes = code_bytes(entry.action.how, nbytes // ITEM_BYTES[entry.saved[0].dtype])
+        nbytes = entry.storage_bytes if entry.code_bytes is None else entry.code_bytes
         if trace.storages[storage].nbytes != nbytes:
             raise PlanMismatchError(
                 f"the plan's storage of {entry.saved[0]} has {nbytes} bytes, here it has "

@@ -163,12 +163,13 @@ def simulate(
         typer.echo(f"Wrote {write_perfetto(result, perfetto)}", err=True)
     if memory_snapshot is not None:
         from vdnn.dataparallel import data_parallel
+        from vdnn.encoding import planned
         from vdnn.moments import resolve
         from vdnn.sim.allocator_snapshot import step_snapshot
         from vdnn.snapshots import save_snapshot
 
         memory = limit or hardware(gpu).memory_bytes
-        step, _ = data_parallel(trace, node)
+        step, _ = data_parallel(planned(trace, made), node)
         save_snapshot(step_snapshot(step, resolve(made, step), memory, result.timeline), memory_snapshot)
         typer.echo(f"Wrote {memory_snapshot}", err=True)
 

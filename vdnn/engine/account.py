@@ -22,6 +22,9 @@ class EngineReport:
     prefetched_storages: int
     fetched_storages: int
     returned_bytes: int
+    encoded_storages: int
+    encoded_bytes: int
+    code_bytes: int
     dropped_storages: int
     dropped_bytes: int
     host_full: int
@@ -46,6 +49,11 @@ class EngineReport:
             f"{format_bytes(self.host_reserved_bytes)} reserved in {self.host_allocations} allocations so far, "
             f"{format_bytes(self.host_pinned_bytes)} of it pinned, {format_bytes(self.host_used_bytes)} in use now",
         ]
+        if self.encoded_storages:
+            lines.append(
+                f"  encoded            {self.encoded_storages // passes} storages a pass, "
+                f"{format_bytes(self.encoded_bytes // passes)} as {format_bytes(self.code_bytes // passes)}"
+            )
         if self.dropped_storages:
             lines.append(
                 f"  computed again     {self.dropped_storages // passes} storages, "

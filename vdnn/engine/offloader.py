@@ -13,6 +13,7 @@ Everything that moves a storage happens under one lock: autograd has threads of 
 from __future__ import annotations
 
 import threading
+import weakref
 from dataclasses import dataclass, field
 
 import torch
@@ -21,14 +22,16 @@ from torch import nn
 from vdnn.calls import Frame
 from vdnn.engine.arena import Arena
 from vdnn.engine.device import Device, is_plain
+from vdnn.engine.encoded import EncodedStorage, windows_of
 from vdnn.engine.lifecycle import State
 from vdnn.engine.packed import Kept, Marked, Offloaded, keep, restore_kept
 from vdnn.engine.passes import Pass
 from vdnn.engine.recomputed import RecomputedStorage
+from vdnn.engine.remade import RemadeStorage
 from vdnn.engine.schedule import NOTHING, Schedule, Slot
 from vdnn.engine.storage import SavedStorage, extent
 from vdnn.errors import DeviceOutOfMemory
-from vdnn.values.plan import Offload, Recompute
+from vdnn.values.plan import Encode, Keep, Offload, Recompute
 
 __all__ = ["Counts", "Offloader", "storage_keys"]
 
@@ -52,6 +55,9 @@ class Counts:
     prefetched_storages: int = 0
     fetched_storages: int = 0
     returned_bytes: int = 0
+    encoded_storages: int = 0
+    encoded_bytes: int = 0
+    code_bytes: int = 0
     dropped_storages: int = 0
     dropped_bytes: int = 0
     recomputed_storages: int = 0
@@ -174,22 +180,24 @@ class Offloader:
         if slot is not None:
             for entry in slot.source_of:
                 here.chain(entry).begins_with(packed, tensor)
+            for entry in slot.pooled_to:
+                here.pooled[entry] = tensor.shape
             if slot.release:
                 self._release(here, slot.release)
         return packed
 
     def _choose(
         self, here: Pass, frame: Frame, tensor: torch.Tensor, slot: Slot | None
-    ) -> SavedStorage | RecomputedStorage | None:
+    ) -> SavedStorage | RemadeStorage | None:
         """What stands for the tensor, its copy started if need be; None where the tensor stays."""
-        action: Offload | Recompute | None = None
+        action: Offload | Recompute | Encode | None = None
         if slot is not None and slot.action is not None:
             if not slot.fits(tensor):
                 self._mismatch(slot.mismatch(tensor))
-            elif type(slot.action) is Offload or type(slot.action) is Recompute:
-                action = slot.action
-            else:
+            elif isinstance(slot.action, Keep):
                 return None
+            else:
+                action = slot.action
         if action is None and not self._look:
             return None
         if not is_plain(tensor) or not self.device.holds(tensor):
@@ -203,6 +211,9 @@ class Offloader:
         if isinstance(action, Recompute):
             assert slot is not None
             return self._computed_again(here, slot, tensor)
+        if isinstance(action, Encode):
+            assert slot is not None
+            return self._encoded(here, frame, slot, action, tensor)
         if action is not None:
             assert slot is not None
             whole, entry = action.whole, slot.entry
@@ -227,6 +238,33 @@ class Offloader:
                 why = run.broken or "its modules gave another tensor, or this one was changed since"
                 self._mismatch(f"{slot.name} is not computed again: {why}")
             return known
+
+    def _encoded(
+        self, here: Pass, frame: Frame, slot: Slot, action: Encode, tensor: torch.Tensor
+    ) -> EncodedStorage | None:
+        """What stands for a storage of which a code is enough; None where there is no such code for it."""
+        with self._lock:
+            weak = here.codes.get(slot.entry)
+            known = weak() if weak is not None else None
+            if known is not None and known.is_of(tensor):
+                return known
+            windows = windows_of(frame.module, here.pooled.get(slot.entry), tensor.shape)
+            why = "another one of its entry was" if weak is not None else ""
+            why = why or EncodedStorage.refusal(action.how, tensor, windows)
+            if why:
+                self._mismatch(f"{slot.name} is not encoded: {why}")
+                return None
+            made = EncodedStorage(self.device, tensor, action.how, windows)
+            here.codes[slot.entry] = weakref.ref(made)
+            self.counts.saved_storages += 1
+            self.counts.encoded_storages += 1
+            self.counts.encoded_bytes += made.nbytes
+            code = made.code
+            if code is not None:
+                self.counts.code_bytes += code.nbytes
+                if action.release_at and self._send(here, code, slot.entry):
+                    here.add_planned(code, slot.entry)
+            return made
 
     def _mismatch(self, text: str) -> None:
         if len(self.counts.mismatches) < _MOST_MISMATCHES:
@@ -265,19 +303,25 @@ class Offloader:
                 return known
             self.counts.saved_storages += 1
             saved = SavedStorage(self.device, tensor, first, nbytes)
-            block = here.arena.take(entry, nbytes) if here.arena is not None else None
-            if block is None:
-                block = self.device.host_block(nbytes)
-            if block is None:
-                self.counts.host_full += 1
+            if not self._send(here, saved, entry):
                 return None
-            saved.offload(block)
-            self.counts.offloaded_storages += 1
-            self.counts.offloaded_bytes += nbytes
             here.add(storage, version, saved, entry)
             if entry < 0:
                 here.release_oldest()
             return saved
+
+    def _send(self, here: Pass, saved: SavedStorage, entry: int) -> bool:
+        """Start the copy out; False where host memory is spent."""
+        block = here.arena.take(entry, saved.nbytes) if here.arena is not None else None
+        if block is None:
+            block = self.device.host_block(saved.nbytes)
+        if block is None:
+            self.counts.host_full += 1
+            return False
+        saved.offload(block)
+        self.counts.offloaded_storages += 1
+        self.counts.offloaded_bytes += saved.nbytes
+        return True
 
     def _release(self, here: Pass, entries: list[int]) -> None:
         with self._lock:
@@ -305,7 +349,11 @@ class Offloader:
                 storage = packed.storage
                 if isinstance(storage, SavedStorage):
                     self._fetch(packed.owner, storage)
-                elif storage.dropped:
+                elif isinstance(storage, EncodedStorage):
+                    storage.check_reader()
+                    if storage.code is not None:
+                        self._fetch(packed.owner, storage.code)
+                elif isinstance(storage, RecomputedStorage) and storage.dropped:
                     storage.make(self.unpack)
                     self.counts.recomputed_storages += 1
             if slot is not None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vdnn.engine.device import Form
-from vdnn.engine.recomputed import RecomputedStorage
+from vdnn.engine.remade import RemadeStorage
 from vdnn.engine.schedule import Slot
 from vdnn.engine.storage import SavedStorage, form_of
 
@@ -71,7 +71,7 @@ class Offloaded:
     __slots__ = ("owner", "slot", "storage", "version", "view")
 
     def __init__(
-        self, tensor: torch.Tensor, storage: SavedStorage | RecomputedStorage, owner: Pass, slot: Slot | None
+        self, tensor: torch.Tensor, storage: SavedStorage | RemadeStorage, owner: Pass, slot: Slot | None
     ) -> None:
         self.storage = storage
         self.owner = owner

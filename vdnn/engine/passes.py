@@ -13,6 +13,7 @@ from torch import nn
 
 from vdnn.calls import Frame
 from vdnn.engine.arena import Arena
+from vdnn.engine.encoded import EncodedStorage
 from vdnn.engine.recomputed import ChainRun
 from vdnn.engine.schedule import NOTHING, Schedule
 from vdnn.engine.storage import SavedStorage, same_counter
@@ -37,9 +38,11 @@ class Pass:
         "arena",
         "by_entry",
         "chains",
+        "codes",
         "next_ahead",
         "order",
         "outside",
+        "pooled",
         "schedule",
     )
 
@@ -53,6 +56,8 @@ class Pass:
         self.outside = Frame(_NOWHERE, OUTSIDE, 0, None)
         self.outside.slot = schedule.calls.get((OUTSIDE, 0), NOTHING)
         self.chains: dict[int, ChainRun] = {}  # by plan entry, while forward runs
+        self.codes: dict[int, weakref.ref[EncodedStorage]] = {}  # by plan entry
+        self.pooled: dict[int, torch.Size] = {}  # of a plan entry of indices: the form of what was pooled
         self.by_entry: dict[int, list[weakref.ref[SavedStorage]]] = {}  # those that a plan moves, by its entries
         self._copies: dict[int, list[_Copy]] = {}
         self._inflight: deque[tuple[int, weakref.ref[SavedStorage]]] = deque()
@@ -91,16 +96,16 @@ class Pass:
         else:
             others[:] = [*(other for other in others if other[0]() is storage), copy]
         if entry >= 0:
-            others_of = self.by_entry.get(entry)
-            if others_of is None:
-                self.by_entry[entry] = [weak]
-            else:
-                others_of.append(weak)
+            self.add_planned(saved, entry)
         else:
             saved.place = len(self.order)
             self.order.append(weak)
             self._inflight.append((saved.nbytes, weak))
             self._inflight_bytes += saved.nbytes
+
+    def add_planned(self, saved: SavedStorage, entry: int) -> None:
+        """Note what leaves and comes back where the plan's entry says so."""
+        self.by_entry.setdefault(entry, []).append(weakref.ref(saved))
 
     def release_oldest(self) -> None:
         """Release those on their way by rule, oldest first, until the rest is within the rule's bound."""

@@ -21,8 +21,9 @@ import torch
 from torch import nn
 
 from vdnn.calls import Hook
-from vdnn.engine.device import Buffer, Device, Event, Stream, byte_view, is_plain
-from vdnn.engine.storage import extent, nothing_on, same_counter, typed
+from vdnn.engine.device import Device, byte_view, is_plain
+from vdnn.engine.remade import RemadeStorage
+from vdnn.engine.storage import extent, same_counter, typed
 
 __all__ = ["ChainRun", "RecomputedStorage", "Rerun"]
 
@@ -210,39 +211,15 @@ class _Chain:
     gives: _Layout
 
 
-class RecomputedStorage:
+class RecomputedStorage(RemadeStorage):
     """One storage that is dropped and computed again. Its owner makes every call under one lock."""
 
-    form = None  # what comes back is bytes
-    fresh = False
-
-    __slots__ = (
-        "__weakref__",
-        "_alias",
-        "_buffer",
-        "_chain",
-        "_device",
-        "_knows",
-        "_ready",
-        "_version",
-        "_view",
-        "nbytes",
-        "probe",
-    )
+    __slots__ = ("_alias", "_chain")
 
     def __init__(self, device: Device, source: torch.Tensor) -> None:
-        self.nbytes = source.untyped_storage().nbytes()
-        # An alias whose data was emptied: it keeps the version counter, and holds no memory.
-        self.probe = source.detach()
+        super().__init__(device, source)
         self._alias: torch.Tensor | None = source.detach()  # until the chain is known to make it again
-        self.probe.data = nothing_on(source.device, source.dtype)
-        self._device = device
         self._chain: _Chain | None = None
-        self._buffer: Buffer | None = None
-        self._ready: Event | None = None
-        self._knows: Stream = None  # the stream that knows that it was computed
-        self._view: torch.Tensor | None = None
-        self._version = 0
 
     def is_of(self, tensor: torch.Tensor) -> bool:
         """Whether this stands for the tensor's storage as it is now; only while it was not dropped."""
@@ -252,10 +229,6 @@ class RecomputedStorage:
             and alias.untyped_storage()._cdata == tensor.untyped_storage()._cdata
             and same_counter(alias, tensor, alias._version)
         )
-
-    def counts_as(self, tensor: torch.Tensor) -> bool:
-        """Whether a change of the tensor is seen in the version kept here."""
-        return same_counter(self.probe, tensor, self.probe._version)
 
     def drop(self, run: ChainRun) -> None:
         """Let go of the device memory: the chain makes it again."""
@@ -288,28 +261,11 @@ class RecomputedStorage:
                 f"{list(chain.gives.shape)} of {chain.gives.dtype} with strides {chain.gives.stride}. If the module "
                 "depends on more than its input, plan without recomputation"
             )
-        self._buffer = self._device.adopt(tensor, 0, self.nbytes)
-        self._ready = self._device.record(self._buffer.stream)
-        self._knows = self._buffer.stream
+        self._hold(self._device.adopt(tensor, 0, self.nbytes))
 
     def fetch(self, dtype: torch.dtype) -> tuple[torch.Tensor, int, int]:
-        """A flat tensor of that dtype over the bytes; where byte 0 is; how often they were changed since."""
+        """As of every storage that is made again; the original while it was not dropped."""
         if self._buffer is None:
             assert self._alias is not None
-            flat = byte_view(self._alias, 0, self.nbytes)
-            return typed(flat, dtype), 0, 0
-        current = self._device.current_stream()
-        if current != self._knows:
-            self._device.wait(current, self._ready)
-            self._knows = current
-        flat = self._device.use(self._buffer)
-        if self._view is None:
-            self._version = flat._version
-        if self._view is None or self._view.dtype is not dtype:
-            self._view = typed(flat, dtype)
-        return self._view, 0, flat._version - self._version
-
-    def __del__(self) -> None:
-        buffer = getattr(self, "_buffer", None)
-        if buffer is not None:
-            self._device.drop(buffer)
+            return typed(byte_view(self._alias, 0, self.nbytes), dtype), 0, 0
+        return super().fetch(dtype)

@@ -22,14 +22,16 @@ __all__ = ["NOTHING", "CallSchedule", "Rule", "Schedule", "Slot"]
 class Slot:
     """One pack of one module call: `entry` is its plan entry, or -1 for a tensor that only marks a point.
 
-    `source_of` are the entries that are computed again from this tensor.
+    `source_of` are the entries that are computed again from this tensor, `pooled_to` those that hold the indices of
+    the pool that takes it.
     """
 
     entry: int = -1
     name: SavedName | None = None
     dtype: torch.dtype | None = None
-    action: Keep | Offload | Recompute | None = None
+    action: Keep | Offload | Recompute | Encode | None = None
     source_of: list[int] = field(default_factory=list)
+    pooled_to: list[int] = field(default_factory=list)
     release: list[int] = field(default_factory=list)
     prefetch: list[int] = field(default_factory=list)
     arrive: list[int] = field(default_factory=list)
@@ -112,8 +114,6 @@ class Schedule:
                 f"the plan of {plan.policy} computes feature maps again that no module alone makes, which only the "
                 "simulator does: use the policy checkpoint or checkpoint-offload, which recompute by block"
             )
-        if any(isinstance(action, Encode) for action in actions):
-            raise EngineError("the plan encodes feature maps, which only the simulator does: plan without codes")
         if any(isinstance(action, Copy) for action in actions):
             assert plan is not None
             raise EngineError(
@@ -123,15 +123,17 @@ class Schedule:
         self.idle = not rule.offload and all(isinstance(action, Keep) for action in actions)
         # Bytes that each entry takes on the host, in blocks: one for the storage, or one for each of its views.
         self.host_sizes = {
-            index: (entry.storage_bytes,) if entry.action.whole else tuple(name.nbytes for name in entry.saved)
+            index: tuple(name.nbytes for name in entry.saved)
+            if isinstance(entry.action, Offload) and not entry.action.whole
+            else (entry.moved_bytes,)
             for index, entry in enumerate(plan.entries if plan else ())
-            if isinstance(entry.action, Offload)
+            if entry.moved_bytes and isinstance(entry.action, Offload | Encode)
         }
         self.host_blocks = sum(map(len, self.host_sizes.values()))
         if plan is None:
             return
         for index, entry in enumerate(plan.entries):
-            assert not isinstance(entry.action, Encode | Copy)  # refused above
+            assert not isinstance(entry.action, Copy)  # refused above
             for name in entry.saved:
                 slot = self._slot(name.module, name.call, name.index)
                 slot.entry, slot.name, slot.action = index, name, entry.action
@@ -141,13 +143,24 @@ class Schedule:
                 self._lay_out(index, action)
             elif isinstance(action, Recompute):
                 self._lay_out_again(index, action)
+            elif isinstance(action, Encode):
+                self._lay_out_code(index, action, plan.entries[index].saved[0])
         if not rule.offload:
             for call in self.calls.values():
                 call.slots = {
-                    n: s for n, s in call.slots.items() if s.marks or s.source_of or not isinstance(s.action, Keep)
+                    n: s
+                    for n, s in call.slots.items()
+                    if s.marks or s.source_of or s.pooled_to or not isinstance(s.action, Keep)
                 }
 
-    def _lay_out(self, index: int, action: Offload) -> None:
+    def _lay_out_code(self, index: int, action: Encode, name: SavedName) -> None:
+        if action.how.startswith("index") and name.index > 0:
+            # a pool saves its input right before its indices
+            self._slot(name.module, name.call, name.index - 1).pooled_to.append(index)
+        if action.release_at:
+            self._lay_out(index, action)
+
+    def _lay_out(self, index: int, action: Offload | Encode) -> None:
         point = Point.parse(action.release_at)
         self.modules.add(point.module)
         if point.kind == "end":

@@ -16,6 +16,7 @@ from typing import Any
 
 from vdnn import api, trace_cache
 from vdnn.costs import op_times
+from vdnn.encoding import planned
 from vdnn.experiment.spec import Experiment, NodeSweep, Sweep
 from vdnn.moments import resolve
 from vdnn.policies import model_options
@@ -113,14 +114,15 @@ def _sweep(
             progress(f"{name} {precision} on {gpu}")
             machine = hardware(gpu)
             plan = api.plan(trace, gpu, sweep.policy)  # one plan for every bandwidth: the same bytes
-            moves, times = resolve(plan, trace), op_times(trace, machine)
-            free = run(trace, (), times, machine).total_ns
+            free = run(trace, (), op_times(trace, machine), machine).total_ns
+            step = planned(trace, plan)
+            moves, times = resolve(plan, step), op_times(step, machine)
             slowdowns = []
             for link in sweep.links:
                 rate = int(link * 1e9)
                 both = 2 * rate * machine.duplex_bytes_per_s // (machine.d2h_bytes_per_s + machine.h2d_bytes_per_s)
                 other = replace(machine, d2h_bytes_per_s=rate, h2d_bytes_per_s=rate, duplex_bytes_per_s=both)
-                slowdowns.append([link, run(trace, moves, times, other).total_ns / free])
+                slowdowns.append([link, run(step, moves, times, other).total_ns / free])
             here = api.simulate(trace, plan, gpu)
             base = api.simulate(trace, None, gpu)
             gpus[gpu] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vdnn.encoding import planned
 from vdnn.liveness import op_text, peak
 from vdnn.moments import MOVABLE, Points, resolve
 from vdnn.units import format_bytes
@@ -51,7 +52,8 @@ def _elsewhere(trace: Trace, plan: Plan) -> str:
     """Where the peak is that moving feature maps does not lower."""
     if not any(isinstance(entry.action, Offload) for entry in plan.entries):
         return ""
-    before, after = peak(trace), peak(trace, resolve(plan, trace))
+    step = planned(trace, plan)
+    before, after = peak(trace), peak(step, resolve(plan, step))
     if before.nbytes - after.nbytes >= _SHARE * before.nbytes:
         return ""
     filling = ", ".join(
@@ -63,4 +65,4 @@ def _elsewhere(trace: Trace, plan: Plan) -> str:
         if after.nbytes <= before.nbytes
         else f"not at all: it rises from {format_bytes(before.nbytes)} to {format_bytes(after.nbytes)}"
     )
-    return f"this offload lowers the peak {change}; it lies at {op_text(trace, after.op)}, filled by {filling}"
+    return f"this offload lowers the peak {change}; it lies at {op_text(step, after.op)}, filled by {filling}"

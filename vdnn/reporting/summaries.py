@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from vdnn.values import Copy, Hardware, Offload, Plan, Trace
+from vdnn.values import Copy, Encode, Hardware, Keep, Offload, Plan, Recompute, Trace
 
 __all__ = [
     "LayerShare",
@@ -146,20 +146,19 @@ def plan_rows(plan: Plan) -> tuple[PlanRow, ...]:
     for entry in plan.entries:
         first, action = entry.saved[0], entry.action
         module, nbytes = f"{first.module or '<model>'}#{first.call}", entry.storage_bytes
-        if isinstance(action, Offload):
-            moved = nbytes if action.whole else sum(name.nbytes for name in entry.saved)
+        points = ("", "", "")
+        if isinstance(action, Offload | Encode):
             points = (action.release_at, action.prefetch_at, action.wait_at)
-            found.append(PlanRow(module, str(first), action.action, nbytes, moved, *points, ""))
-        elif isinstance(action, Copy):
-            found.append(PlanRow(module, str(first), action.action, nbytes, first.nbytes, "", "", "", ""))
-        else:
-            found.append(PlanRow(module, str(first), action.action, nbytes, 0, "", "", "", action.why))
+        why = action.why if isinstance(action, Keep | Recompute) else ""
+        if isinstance(action, Encode):
+            why = f"{entry.code_bytes} bytes are enough ({action.how}): {action.why}"
+        found.append(PlanRow(module, str(first), action.action, nbytes, entry.moved_bytes, *points, why))
     return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerShare:
-    """The feature maps of one layer under a plan, in bytes of storage."""
+    """The feature maps of one layer under a plan, in bytes of storage; those of a code where one stands for it."""
 
     layer: str
     kept_bytes: int
@@ -188,7 +187,10 @@ def layer_shares(plan: Plan, trace: Trace) -> tuple[LayerShare, ...]:
         else:
             moves = plan.default == "offload" and storage.nbytes >= plan.min_bytes and not storage.held
         sums = layers.setdefault(trace.module_name(tensor.module), [0, 0])
-        sums[moves] += storage.nbytes
+        if entry is not None and entry.code_bytes is not None:
+            sums[bool(entry.moved_bytes)] += entry.code_bytes
+        else:
+            sums[moves] += storage.nbytes
     return tuple(LayerShare(layer, kept, offloaded) for layer, (kept, offloaded) in layers.items())
 
 

@@ -20,11 +20,10 @@ from collections.abc import Sequence
 from vdnn.convolutions import offers_of, with_workspaces
 from vdnn.costs import times_with
 from vdnn.dataparallel import Bucket, data_parallel
-from vdnn.encoding import encoded
+from vdnn.encoding import planned
 from vdnn.errors import UsageError
 from vdnn.liveness import host_bytes, op_text, peak
 from vdnn.moments import Move, resolve
-from vdnn.recomputing import recomputed
 from vdnn.sim.allocator_step import StepMemory, step_memory
 from vdnn.sim.allreduce import Ring, ring_of, share_of
 from vdnn.sim.pinned import pinned_bytes
@@ -67,7 +66,7 @@ def simulate_step(
     if memory_limit is not None and memory_limit <= 0:
         raise UsageError(f"a memory limit of {memory_limit} bytes holds nothing: give more than 0")
     source = under(regime, trace, plan.policy if plan else "")
-    step, buckets = data_parallel(encoded(recomputed(source, plan), plan), node)
+    step, buckets = data_parallel(planned(source, plan), node)
     hardware = share_of(hardware, node)
     moves = resolve(plan, step)
     chosen = offers_of(plan, step, hardware.peak("float32"))

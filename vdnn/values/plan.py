@@ -166,6 +166,23 @@ class Entry:
     storage_bytes: int
     action: Keep | Offload | Recompute | Encode | Copy
 
+    @property
+    def code_bytes(self) -> int | None:
+        """Of a storage that is encoded the bytes of its code; None of any other."""
+        if not isinstance(self.action, Encode):
+            return None
+        return code_bytes(self.action.how, self.storage_bytes // ITEM_BYTES[self.saved[0].dtype])
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes that leave the device: of the storage, of its views, or of its code."""
+        action = self.action
+        if isinstance(action, Offload):
+            return self.storage_bytes if action.whole else sum(name.nbytes for name in self.saved)
+        if isinstance(action, Encode):
+            return (self.code_bytes or 0) if action.release_at else 0
+        return sum(name.nbytes for name in self.saved) if isinstance(action, Copy) else 0
+
 
 @record
 @dataclass(frozen=True, slots=True)
@@ -208,7 +225,7 @@ class Plan:
     @property
     def offloaded_bytes(self) -> int:
         """Bytes that leave the device in one step: whole storages, their codes, or each saved tensor by itself."""
-        return sum(map(_moved, self.entries))
+        return sum(entry.moved_bytes for entry in self.entries)
 
     @property
     def copies(self) -> Copy | None:
@@ -295,12 +312,3 @@ def _check_points(entry: Entry, action: Offload | Encode) -> None:
     for text in (action.prefetch_at, action.wait_at):
         if text and Point.parse(text).kind != "unpack":
             raise FormatError(f"{entry.saved[0]}: {text!r} is not in backward")
-
-
-def _moved(entry: Entry) -> int:
-    action = entry.action
-    if isinstance(action, Offload):
-        return entry.storage_bytes if action.whole else sum(name.nbytes for name in entry.saved)
-    if isinstance(action, Encode) and action.release_at:
-        return code_bytes(action.how, entry.storage_bytes // ITEM_BYTES[entry.saved[0].dtype])
-    return sum(name.nbytes for name in entry.saved) if isinstance(action, Copy) else 0

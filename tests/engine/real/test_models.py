@@ -40,6 +40,12 @@ def test_a_network_that_computes_feature_maps_again(kind: str, name: str, option
     _exact(replace(network(name, options), options=again), kind)
 
 
+@pytest.mark.parametrize(("kind", "name", "options"), _parameters())
+def test_a_network_of_which_codes_are_kept(kind: str, name: str, options: dict[str, Any]) -> None:
+    """Signs, masks and indices stand for feature maps, and leave with the rest: still the same bits."""
+    _exact(replace(network(name, options), options={"policy": "encode-offload"}), kind)
+
+
 def _exact(case: Case, kind: str) -> None:
     outcome = compare(case, kind)
     if not outcome.repeats:

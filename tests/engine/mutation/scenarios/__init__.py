@@ -3,6 +3,7 @@
 from tests.engine.mutation.scenarios import (
     cuda_calls,
     detector,
+    encoding,
     hostmemory,
     memory,
     recomputing,
@@ -19,6 +20,7 @@ __all__ = [
     "Wrong",
     "cuda_calls",
     "detector",
+    "encoding",
     "hostmemory",
     "memory",
     "recomputing",

@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.engine.mutation.locksets import Monitor
 from tests.engine.mutation.scenarios.base import by_rule, chain
-from vdnn.values import Entry, Offload, Plan, Recompute, SavedName
+from vdnn.values import Encode, Entry, Offload, Plan, Recompute, SavedName
 
 __all__ = ["WATCHED", "in_thread", "races_in"]
 
@@ -109,6 +109,30 @@ def a_storage_that_comes_again_is_asked_for_in_another_thread(engine: ModuleType
     entry = Entry((*names, SavedName("2", 0, 0, "float32", 2, 512)), 512, Recompute("", ("1#0",), str(source)))
     plan = Plan("by hand", "an ELU", 8, "cpu", "", None, (entry,), "keep", 1)
     model = nn.Sequential(nn.Linear(16, 16), _AskedOnTheWay(), nn.Linear(16, 16))
+    engine.wrap_model(model, engine.VirtualDevice(), lambda *_: engine.Schedule(plan))
+    loss = model(torch.randn(8, 16)).sum()
+    in_thread(lambda: loss.backward(retain_graph=True))
+    loss.backward()
+    engine.unwrap_model(model)
+
+
+class _FilledOnTheWay(nn.Module):
+    """Saves a mask, which another thread then asks for, and then another mask."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mask = x > 0
+        y = x.masked_fill(mask, 0)
+        in_thread(lambda: torch.autograd.grad(y.sum(), _leaves(y), retain_graph=True, allow_unused=True))
+        return y + x.masked_fill(x < 0, 1)
+
+
+@watched_scenario
+def a_code_is_asked_for_in_another_thread(engine: ModuleType) -> None:
+    names = [SavedName("1", 0, n, "bool", 2, 128) for n in range(2)]
+    actions = [Encode("bits", "", "end 1#0", back) for back in ("", "unpack 1#0/0")]
+    entries = tuple(Entry((name,), 128, action) for name, action in zip(names, actions, strict=True))
+    plan = Plan("by hand", "masks", 8, "cpu", "", None, entries)
+    model = nn.Sequential(nn.Linear(16, 16), _FilledOnTheWay())
     engine.wrap_model(model, engine.VirtualDevice(), lambda *_: engine.Schedule(plan))
     loss = model(torch.randn(8, 16)).sum()
     in_thread(lambda: loss.backward(retain_graph=True))
