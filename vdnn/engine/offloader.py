@@ -357,14 +357,13 @@ class Offloader:
                     storage.make(self.unpack)
                     self.counts.recomputed_storages += 1
             if slot is not None:
-                by_entry = packed.owner.by_entry
                 for entry in slot.prefetch:
-                    for weak in by_entry.get(entry, ()):
+                    for weak in packed.owner.by_entry.get(entry, ()):
                         saved = weak()
                         if saved is not None:
                             self._prefetch(saved)
                 for entry in slot.arrive:
-                    for weak in by_entry.get(entry, ()):
+                    for weak in packed.owner.by_entry.get(entry, ()):
                         saved = weak()
                         if saved is not None:
                             saved.arrive()
