@@ -1,12 +1,39 @@
-"""`EngineReport`: what the engine did to a model so far, in numbers and in words."""
+"""What the engine did to a model so far: `Counts` while it goes on, `EngineReport` in numbers and in words."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vdnn.units import format_bytes
 
-__all__ = ["EngineReport"]
+__all__ = ["Counts", "EngineReport"]
+
+
+@dataclass(slots=True)
+class Counts:
+    """What the engine did so far. Bytes are of storages, each counted once a pass.
+
+    `packs` counts what it was shown; a pass in which nothing can move shows it nothing. `no_room` counts prefetches
+    that found no device memory and were left for the moment of need.
+    """
+
+    passes: int = 0
+    packs: int = 0
+    saved_storages: int = 0
+    offloaded_storages: int = 0
+    offloaded_bytes: int = 0
+    prefetched_storages: int = 0
+    fetched_storages: int = 0
+    returned_bytes: int = 0
+    encoded_storages: int = 0
+    encoded_bytes: int = 0
+    code_bytes: int = 0
+    dropped_storages: int = 0
+    dropped_bytes: int = 0
+    recomputed_storages: int = 0
+    host_full: int = 0
+    no_room: int = 0
+    mismatches: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import threading
 import weakref
-from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from vdnn.calls import Frame
+from vdnn.engine.account import Counts
 from vdnn.engine.arena import Arena
 from vdnn.engine.device import Device, is_plain
 from vdnn.engine.encoded import EncodedStorage, windows_of
@@ -33,37 +33,10 @@ from vdnn.engine.storage import SavedStorage, extent
 from vdnn.errors import DeviceOutOfMemory
 from vdnn.values.plan import Encode, Keep, Offload, Recompute
 
-__all__ = ["Counts", "Offloader", "storage_keys"]
+__all__ = ["Offloader", "storage_keys"]
 
 _OUT_OF_MEMORY = (torch.OutOfMemoryError, DeviceOutOfMemory)
 _MOST_MISMATCHES = 100
-
-
-@dataclass(slots=True)
-class Counts:
-    """What the engine did so far. Bytes are of storages, each counted once a pass.
-
-    `packs` counts what it was shown; a pass in which nothing can move shows it nothing. `no_room` counts prefetches
-    that found no device memory and were left for the moment of need.
-    """
-
-    passes: int = 0
-    packs: int = 0
-    saved_storages: int = 0
-    offloaded_storages: int = 0
-    offloaded_bytes: int = 0
-    prefetched_storages: int = 0
-    fetched_storages: int = 0
-    returned_bytes: int = 0
-    encoded_storages: int = 0
-    encoded_bytes: int = 0
-    code_bytes: int = 0
-    dropped_storages: int = 0
-    dropped_bytes: int = 0
-    recomputed_storages: int = 0
-    host_full: int = 0
-    no_room: int = 0
-    mismatches: list[str] = field(default_factory=list)
 
 
 def storage_keys(model: nn.Module) -> set[int]:
