@@ -40,6 +40,7 @@ LAYERS = {
     "tracing": 6,
     "models": 6,
     "measure": 6,
+    "measuring": 6,
     "tracker": 6,
     "engine": 6,
     "reporting": 7,

@@ -1,7 +1,4 @@
-"""What a real device can do. So far: its name and memory; rates come from the preset of that name.
-
-Bandwidths and rates that are measured on the device are to come.
-"""
+"""A real device by its name: its preset, and its memory. `vdnn.measuring` measures what it can do."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import sys
 
 import typer
 
+from vdnn.cli.measuring import measure
 from vdnn.cli.predicting import capture, compare, max_batch, plan, simulate
 from vdnn.cli.replaying import replay
 from vdnn.cli.reproducing import reproduction
@@ -20,7 +21,7 @@ from vdnn.errors import VdnnError
 __all__ = ["app", "command_line", "main"]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-for command in (run, capture, plan, simulate, compare, experiment, report, replay, reproduction):
+for command in (run, capture, plan, simulate, compare, experiment, measure, report, replay, reproduction):
     app.command()(command)
 app.command("max-batch")(max_batch)
 app.command("list")(list_names)

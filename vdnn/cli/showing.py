@@ -21,7 +21,7 @@ def report(file: Annotated[Path, typer.Argument(help="A trace, a plan, a result,
     """
     from vdnn.reporting import as_text, hardware_table, plan_report, result_report, trace_report
 
-    value = load_value(file)
+    value = hardware(file) if file.suffix == ".toml" else load_value(file)
     if isinstance(value, Trace):
         shown = as_text(trace_report(value))
     elif isinstance(value, Plan):

@@ -15,6 +15,7 @@ where there is one, a float32 *matmul* does not: those are PyTorch's defaults
 
 from __future__ import annotations
 
+from vdnn.costs.measured import measured_times
 from vdnn.values.hardware import Hardware
 from vdnn.values.trace import Kernel, Op, Trace
 
@@ -40,6 +41,8 @@ _MATRIX = ("conv", "matmul", "attention", "rnn")
 
 def op_times(trace: Trace, hardware: Hardware) -> list[int]:
     """Nanoseconds of each op on the device, rounded up."""
+    if hardware.timings:
+        return measured_times(trace, hardware)
     table = {str(kernel): efficiency for kernel, efficiency in DEFAULTS.items()}
     table.update({e.kernel: (e.compute_permille, e.memory_permille) for e in hardware.efficiencies})
     rates = {

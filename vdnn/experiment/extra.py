@@ -17,6 +17,7 @@ from typing import Any
 from vdnn import api, trace_cache
 from vdnn.costs import op_times
 from vdnn.encoding import planned
+from vdnn.experiment.cpu import Cpu, CpuModel, files_of, machine_file, measure_machine, run_model
 from vdnn.experiment.spec import Experiment, NodeSweep, Sweep
 from vdnn.moments import resolve
 from vdnn.policies import model_options
@@ -56,6 +57,20 @@ def extras_of(experiment: Experiment, folder: Path) -> list[Extra]:
             for gpu in nodes.gpus:
                 path = node_file(folder, nodes, model[0], model[1], gpu)
                 found.append(Extra(f"{model[0]} in a node of {gpu}", path, _node(nodes, model, gpu, path)))
+    if experiment.cpu is not None:
+        found += _on_cpu(experiment.cpu, folder)
+    return found
+
+
+def _on_cpu(cpu: Cpu, folder: Path) -> list[Extra]:
+    found = [Extra("measure this CPU", machine_file(folder), lambda tell: measure_machine(cpu, folder))]
+    for model in cpu.models:
+
+        def work(tell: Callable[[str], None], model: CpuModel = model) -> None:
+            tell(f"train {model.name}, batch {model.batch}, on this CPU")
+            run_model(cpu, model, folder)
+
+        found.append(Extra(f"{model.name} on this CPU", files_of(folder, model)[0], work))
     return found
 
 

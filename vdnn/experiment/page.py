@@ -14,6 +14,7 @@ from typing import Any
 
 from vdnn.errors import EngineError, UsageError
 from vdnn.experiment.bandwidth import draw_sweep
+from vdnn.experiment.cpu import draw_cpu
 from vdnn.experiment.extra import extras_of
 from vdnn.experiment.node import draw_node
 from vdnn.experiment.runner import Files
@@ -56,6 +57,10 @@ def write_page(experiment: Experiment, folder: Path) -> str:
         lines += draw_sweep(sweep, folder)
     for nodes in experiment.nodes:
         lines += draw_node(nodes, folder)
+    if experiment.cpu is not None:
+        page = draw_cpu(experiment.cpu, folder)
+        lines += page
+        shown.append("\n".join(page) + "\n")
     rows = result_rows(list(results.values()))
     (folder / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
     (folder / "README.md").write_text("\n".join(lines).rstrip() + "\n")

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vdnn.errors import FormatError, UsageError, unknown_name
+from vdnn.experiment.cpu import CPU_KEYS, Cpu, read_cpu
 from vdnn.policies import Options, find, must_run
 from vdnn.reporting import result_row
 from vdnn.units import parse_size
@@ -158,6 +159,7 @@ class Experiment:
     networks: tuple[str, ...] = ()
     sweeps: tuple[Sweep, ...] = ()
     nodes: tuple[NodeSweep, ...] = ()
+    cpu: Cpu | None = None
 
     @property
     def cases(self) -> tuple[Case, ...]:
@@ -191,6 +193,7 @@ _FILE: dict[str, tuple[Any, Any]] = {
     "figure": (list, []),
     "reproduction": (dict, {}),
     "bandwidth": (list, []),
+    "cpu": (dict, {}),
     "node": (list, []),
 }
 _SWEEP: dict[str, tuple[Any, Any]] = {
@@ -243,11 +246,13 @@ def read_experiment(path: Path) -> Experiment:
     networks = _networks(top["reproduction"], f"{path}, [reproduction]") if "reproduction" in data else ()
     sweeps = tuple(_sweep(table, f"{path}, [[bandwidth]] {n + 1}") for n, table in enumerate(top["bandwidth"]))
     nodes = tuple(_node_sweep(table, f"{path}, [[node]] {n + 1}") for n, table in enumerate(top["node"]))
-    if not sections and not networks and not sweeps and not nodes:
-        raise FormatError(f"{path} runs nothing: it needs a [[simulate]], a [[run]] or a [reproduction] table")
+    where = f"{path}, [cpu]"
+    cpu = read_cpu(_checked(top["cpu"], CPU_KEYS, where), where, _check_step) if "cpu" in data else None
+    if not (sections or networks or sweeps or nodes or cpu):
+        raise FormatError(f"{path} runs nothing: it needs a [[simulate]], a [[run]], a [reproduction] or a [cpu] table")
     figures = tuple(_figure(table, f"{path}, [[figure]] {n + 1}") for n, table in enumerate(top["figure"]))
     heading = (path.stem, str(path), top["title"], top["text"])
-    made = Experiment(*heading, tuple(sections), figures, networks, sweeps, nodes)
+    made = Experiment(*heading, tuple(sections), figures, networks, sweeps, nodes, cpu)
     for figure in figures:
         if not any(figure.shows_case(case) for case in made.cases):
             chosen = ", ".join(f"{name}={value}" for name, value in figure.select)

@@ -2,7 +2,7 @@
 
 from vdnn.values.algorithms import AlgorithmTable, algorithm_table, table_ids
 from vdnn.values.codec import dumps, fingerprint, load, loads, save
-from vdnn.values.hardware import Efficiency, Hardware, Peak, Source, hardware, preset_ids
+from vdnn.values.hardware import Efficiency, Hardware, Peak, Source, Timing, hardware, preset_ids, to_toml
 from vdnn.values.node import ALONE, Node
 from vdnn.values.plan import (
     OUTSIDE,
@@ -61,6 +61,7 @@ __all__ = [
     "Stall",
     "Storage",
     "Timeline",
+    "Timing",
     "Trace",
     "algorithm_table",
     "dumps",
@@ -71,4 +72,5 @@ __all__ = [
     "preset_ids",
     "save",
     "table_ids",
+    "to_toml",
 ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
 import tomllib
 from dataclasses import dataclass
 from importlib import resources
@@ -12,7 +14,7 @@ from typing import Any
 from vdnn.errors import FormatError, unknown_name
 from vdnn.values.codec import decode, fingerprint, load, record, value
 
-__all__ = ["Efficiency", "Hardware", "Peak", "Source", "hardware", "preset_ids"]
+__all__ = ["Efficiency", "Hardware", "Peak", "Source", "Timing", "hardware", "preset_ids", "to_toml"]
 
 
 @record
@@ -43,6 +45,20 @@ class Source:
     text: str
 
 
+@record
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One kernel that was measured: an op by its name without overload, its sizes, and what it took.
+
+    `sizes` are a trace op's `dims` for products, convolutions and attention, the bytes it moves for all others.
+    """
+
+    op: str
+    dtype: str
+    sizes: tuple[int, ...]
+    ns: int
+
+
 @value("hardware", 1)
 @dataclass(frozen=True, slots=True)
 class Hardware:
@@ -52,6 +68,9 @@ class Hardware:
     what both directions of the link carry together when both are busy. `launch_ns` is the host's time to
     issue one op, `kernel_ns` the least time of a kernel on the device. `nvlink_bytes_per_s` is what NVLink carries
     between the GPUs of a node, each way, from each of them; 0 where there is none.
+
+    A machine whose kernels were measured one by one (a CPU) has `timings`, which decide instead of the rates. There a
+    block of `fresh_from_bytes` or more is new memory each time, and costs `page_ns` for every 4 KiB; 0 where not so.
     """
 
     id: str
@@ -68,6 +87,9 @@ class Hardware:
     efficiencies: tuple[Efficiency, ...]
     sources: tuple[Source, ...]
     nvlink_bytes_per_s: int = 0
+    timings: tuple[Timing, ...] = ()
+    page_ns: int = 0
+    fresh_from_bytes: int = 0
 
     def peak(self, dtype: str) -> int:
         """Flops a second for a dtype; an unknown dtype runs at fp32's rate."""
@@ -101,6 +123,11 @@ class Hardware:
         for p in self.peaks:
             if p.flops_per_s <= 0:
                 raise FormatError(f"hardware {self.id!r}: peak of {p.dtype} is {p.flops_per_s}, it must be more than 0")
+        for t in self.timings:
+            if t.ns <= 0 or not t.sizes or min(t.sizes) < 0:
+                raise FormatError(
+                    f"hardware {self.id!r}: timing of {t.op} {t.sizes} is {t.ns} ns, it must be more than 0"
+                )
         for e in self.efficiencies:
             if not (0 < e.compute_permille <= 1000 and 0 < e.memory_permille <= 1000):
                 raise FormatError(f"hardware {self.id!r}: efficiency of {e.kernel} is not in 1 … 1000 thousandths")
@@ -130,9 +157,37 @@ def _from_toml(data: dict[str, Any], name: str) -> Hardware:
     if not isinstance(efficiencies, dict) or not all(isinstance(e, dict) for e in efficiencies.values()):
         raise FormatError(f"{name}: [efficiencies] must be a table of {{ compute_permille, memory_permille }}")
     plain["efficiencies"] = [{"kernel": kernel, **entry} for kernel, entry in efficiencies.items()]
+    timings = plain.get("timings", [])
+    if not isinstance(timings, list) or not all(isinstance(t, list) and len(t) == 4 for t in timings):
+        raise FormatError(f"{name}: timings must be a list of [op, dtype, [sizes], ns]")
+    plain["timings"] = [dict(zip(("op", "dtype", "sizes", "ns"), t, strict=True)) for t in timings]
     machine = decode(Hardware, plain)
     machine.check()
     return machine
+
+
+def to_toml(machine: Hardware) -> str:
+    """The text of a hardware file, which `hardware` reads back as it was."""
+
+    def text(value: object) -> str:
+        return json.dumps(value, ensure_ascii=False)  # a JSON string is a TOML string
+
+    plain, tables = [], []
+    for field in dataclasses.fields(machine):
+        value = getattr(machine, field.name)
+        if field.name in ("peaks", "efficiencies", "sources"):
+            continue
+        if field.name == "timings":
+            rows = [f"    [{text(t.op)}, {text(t.dtype)}, {list(t.sizes)}, {t.ns}]," for t in value]
+            plain += ["timings = [", *rows, "]"] if rows else []
+        elif value is not None and value != field.default:
+            plain.append(f"{field.name} = {text(value) if isinstance(value, str) else f'{value:_}'}")
+    tables += ["", "[peaks] # dense, flops a second", *(f"{p.dtype} = {p.flops_per_s:_}" for p in machine.peaks)]
+    for e in machine.efficiencies:
+        tables += ["", f"[efficiencies.{e.kernel}] # thousandths of the peak, and of the DRAM bandwidth"]
+        tables += [f"compute_permille = {e.compute_permille}", f"memory_permille = {e.memory_permille}"]
+    tables += ["", "[sources]", *(f"{s.field} = {text(s.text)}" for s in machine.sources)]
+    return "\n".join([*plain, *tables]) + "\n"
 
 
 def hardware(gpu: str | Path | Hardware) -> Hardware:

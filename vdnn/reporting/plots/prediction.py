@@ -43,7 +43,9 @@ def prediction_figure(pairs: Sequence[Pair], band: float = 0.05) -> Figure:
     peaks = [(_peak(p, level), _peak(m, level)) for p, m in pairs]
     times = [(p.iteration_time_ns, m.iteration_time_ns) for p, m in pairs]
     names = [predicted.policy for predicted, _ in pairs]
-    shown = [(peaks, byte_scale(_smallest(peaks)), f"peak {level or 'memory'}")]
+    shown = []
+    if any(predicted and measured for predicted, measured in peaks) or not any(p and m for p, m in times):
+        shown.append((peaks, byte_scale(_smallest(peaks)), f"peak {level or 'memory'}"))
     if any(predicted and measured for predicted, measured in times):
         shown.append((times, time_scale(_smallest(times)), "iteration time"))
     figure = new_figure(3.9) if len(shown) == 2 else new_figure(4.4, 4.4)

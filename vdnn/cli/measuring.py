@@ -1,0 +1,48 @@
+"""`measure`: what the device that is here can do, as a hardware file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vdnn.cli.arguments import Force, busy
+from vdnn.errors import UsageError
+
+__all__ = ["measure"]
+
+
+def measure(
+    output: Annotated[Path, typer.Option("-o", "--output", help="The hardware file to write: NAME.toml.")],
+    device: Annotated[str, typer.Option(help="auto, cuda, or cpu: a device of its own.")] = "auto",
+    threads: Annotated[int, typer.Option(help="Threads of a CPU; 0: as many as torch takes.")] = 0,
+    force: Force = False,
+) -> None:
+    """Measure link, memory, products, convolutions and launches of a real device, in under a minute.
+
+    Example: vdnn measure --device cpu --threads 1 -o cpu.toml
+    """
+    from vdnn.reporting import as_text, hardware_table
+    from vdnn.values import to_toml
+
+    if output.suffix != ".toml":
+        raise UsageError(f"{output} must end in .toml, which is what --gpu reads")
+    if output.exists() and not force:
+        raise UsageError(f"{output} exists: give another name, or --force to overwrite it")
+    if threads < 0:
+        raise UsageError(f"{threads} threads are too few: give 1 or more, or 0 for torch's own number")
+    with busy("measuring"):
+        import torch
+
+        from vdnn.measuring import measure_device
+
+        if threads:
+            torch.set_num_threads(threads)
+        found = measure_device(device)
+    typer.echo(as_text(hardware_table([found])), nl=False)
+    try:
+        output.write_text(to_toml(found))
+    except OSError as error:
+        raise UsageError(f"cannot write {output}: {error.strerror}") from None
+    typer.echo(f"Wrote {output}", err=True)
