@@ -24,7 +24,7 @@ from vdnn.values.hardware import Hardware
 
 __all__ = ["BACK", "OUT_WAY", "REDUCE", "CopyStreams"]
 
-OUT_WAY, BACK, REDUCE = _WAYS = range(3)
+OUT_WAY, BACK, REDUCE = range(3)
 _START, _TRANSFER, _END = 2, 1, 0  # the kind of an event is its priority: ends come before starts
 
 
@@ -43,6 +43,7 @@ class CopyStreams:
         if both < together:
             self._shared = (max(1, d2h * both // together), max(1, h2d * both // together), rate)
         self._halved = (max(1, self._shared[0] // 2), max(1, self._shared[1] // 2), max(1, rate // 2))
+        self._ways = (OUT_WAY, BACK) if ring is None else (OUT_WAY, BACK, REDUCE)
         self._ring_on_link = ring is not None and ring.on_link
         self._latency = (hardware.link_latency_ns, hardware.link_latency_ns, 0)
         self.start = [-1] * copies
@@ -123,11 +124,11 @@ class CopyStreams:
 
     def _share(self, time: int) -> None:
         """Who is on the link has changed: book the work done so far, and put new ends on the heap."""
-        out, back, ring = (work >= 0 for work in self._work)
-        rates = self._shared if out and back else self._alone
-        if ring and self._ring_on_link and (out or back):
+        out, back, ring = self._work
+        rates = self._shared if out >= 0 and back >= 0 else self._alone
+        if ring >= 0 and self._ring_on_link and (out >= 0 or back >= 0):
             rates = self._halved
-        for way in _WAYS:
+        for way in self._ways:
             if self._work[way] < 0:
                 self._rate[way] = 0
             elif self._rate[way] != rates[way]:

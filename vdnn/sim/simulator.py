@@ -73,7 +73,7 @@ def simulate_step(
     trace = with_workspaces(step, chosen)
     recorder = Recorder(trace, moves) if timeline else None
     op_ns = times_with(trace, hardware, chosen, plan.algorithm_table if plan else "")
-    times = run(trace, moves, op_ns, hardware, recorder, buckets, ring_of(hardware, node))
+    times = run(trace, moves, op_ns, hardware, recorder, buckets, ring_of(hardware, node) if buckets else None)
     most = peak(trace, moves)
     capacity = hardware.memory_bytes if memory_limit is None else memory_limit
     memory = step_memory(trace, moves, capacity) if trace.device != "cpu" and regime == "pytorch" else None
