@@ -128,7 +128,7 @@ class Decider:
     def _make(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Decision:
         try:
             trace = self._capture(model, args, kwargs)
-        except CaptureError as error:
+        except (CaptureError, UsageError) as error:  # the latter: nothing in the output can be trained
             log.warning("vdnn: %s; offloading by rule instead", error)
             return _Decision(Schedule(None, rule_for(self.policy or "vdnn-all", self.options)))
         recompute = None

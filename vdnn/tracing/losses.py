@@ -6,6 +6,7 @@ likely_loss     what a loop most probably does: the model's own loss, or a cross
 
 from __future__ import annotations
 
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def summed_loss(output: Any) -> torch.Tensor:
 
 
 def likely_loss(output: Any) -> torch.Tensor:
-    """The entry "loss" of an output that has one, as Hugging Face's do; else a cross entropy of each tensor.
+    """The "loss" of an output that has one, as Hugging Face's do; else a cross entropy of each tensor.
 
     A cross entropy is the dearest of the usual losses: in 32 bits it saves a tensor of the output's size and has two
     more in backward. For memory it makes no difference which dimension the classes are in.
@@ -35,7 +36,7 @@ def likely_loss(output: Any) -> torch.Tensor:
     Raises:
         UsageError: the output has no floating tensor that needs a gradient.
     """
-    own = output.get("loss") if isinstance(output, dict) else None
+    own = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
     if isinstance(own, torch.Tensor) and own.requires_grad:
         return own
     return _total([_cross_entropy(t) if t.numel() > 1 else t.float().sum() for t in _trained(output)])
@@ -60,4 +61,8 @@ def _trained(output: Any) -> list[torch.Tensor]:
 def _tensors(output: Any) -> list[torch.Tensor]:
     if isinstance(output, dict):  # Hugging Face's outputs are dicts, but no pytrees
         return [t for value in output.values() for t in _tensors(value)]
+    if isinstance(output, list | tuple):
+        return [t for value in output for t in _tensors(value)]
+    if is_dataclass(output) and not isinstance(output, type):
+        return [t for part in fields(output) for t in _tensors(getattr(output, part.name))]
     return [t for t in tree_leaves(output) if isinstance(t, torch.Tensor)]

@@ -105,8 +105,9 @@ class Recorder(TorchDispatchMode):
             out = shortcut(self.mode, func, args, kwargs)
             if out is None:
                 out = func(*args, **kwargs)
-        if func is torch.ops.aten.native_batch_norm.default:
-            out = _with_full_statistics(args, out)
+        weight = _WEIGHT_OF_NORM.get(func)
+        if weight is not None:
+            out = _with_full_statistics(args[0], args[weight], out)
         if not self.active or func.namespace == "prim":
             return out
         ins = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and self._here(t)]
@@ -158,9 +159,16 @@ def _changed(func: Any, args: Any) -> list[torch.Tensor]:
     return [t for t in tree_leaves(marked or args[:1]) if isinstance(t, torch.Tensor)]
 
 
-def _with_full_statistics(args: Any, out: Any) -> Any:
-    """The CPU's batch norm keeps its statistics in the weight's dtype, where fakes say the input's (autocast)."""
-    given, weight = args[0], args[1]
+# Which argument is the weight.
+_WEIGHT_OF_NORM = {
+    torch.ops.aten.native_batch_norm.default: 1,
+    torch.ops.aten.native_group_norm.default: 1,
+    torch.ops.aten.native_layer_norm.default: 2,
+}
+
+
+def _with_full_statistics(given: torch.Tensor, weight: torch.Tensor | None, out: Any) -> Any:
+    """The CPU's norms keep their statistics in the weight's dtype, where fakes say the input's (autocast)."""
     if given.device.type != "cpu" or weight is None or weight.dtype == given.dtype:
         return out
     return out[0], *(torch.empty_like(t, dtype=weight.dtype) for t in out[1:])
