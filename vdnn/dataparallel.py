@@ -8,6 +8,8 @@ in the order in which gradients get ready (DDP finds it in its first step and st
 until it has 1 MiB, the others until they have 25 MiB; what goes over is in. They stay for the whole training, so
 gradients take their memory twice: that is `gradient_as_bucket_view=False`, the default.
 
+The buckets' sizes equal those of a real DDP (tests/sim/test_node.py).
+
 Not in it: the broadcast of buffers before forward, gradients of several dtypes (each has buckets of its own), unused
 parameters, communication hooks. Source: `torch/csrc/distributed/c10d/reducer.cpp` and
 `torch/nn/parallel/distributed.py` of PyTorch 2.14.
@@ -41,11 +43,15 @@ class Bucket:
 
 
 def ready_gradients(trace: Trace) -> list[tuple[int, int]]:
-    """Position at which each parameter's gradient is complete, and its storage, in that order."""
+    """Position at which each parameter's gradient is accumulated, and its storage, in that order.
+
+    That is after the last op of backward that touches it, views too: a weight's gradient is transposed after its bias's
+    has been handed over, though it was computed first.
+    """
     begin, end = trace.forward_end, trace.backward_end
     last: dict[int, int] = {}
     for position in range(begin, end):
-        for storage in trace.ops[position].writes:
+        for storage in trace.ops[position].reads + trace.ops[position].writes:
             last[storage] = position + 1
     seed: tuple[int, ...] = ()  # the gradient of the loss itself, which backward begins by making
     if begin < end and "ones_like" in trace.ops[begin].name:

@@ -53,6 +53,23 @@ def test_buckets_are_those_that_torch_makes(elements):
     assert grouped([4 * n for n in elements]) == found
 
 
+def test_buckets_are_those_of_a_real_ddp():
+    """DDP in a group of one process finds the order of its gradients in the first step, and fills its buckets anew."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*[torch.nn.Linear(1024, 1024) for _ in range(8)], torch.nn.Linear(1024, 200))
+    x = torch.randn(2, 1024)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        ddp = torch.nn.parallel.DistributedDataParallel(model)
+        for _ in range(3):
+            ddp(x).sum().backward()
+        found = ddp._get_ddp_logging_data()["rebuilt_bucket_sizes"]
+    finally:
+        torch.distributed.destroy_process_group()
+    trace = vdnn.capture(model, x, loss=torch.sum, device="cpu")
+    assert [bucket.nbytes for bucket in data_parallel(trace, Node(2))[1]] == [int(size) for size in found.split(",")]
+
+
 def test_a_step_with_its_buckets_worked_out_by_hand():
     """fc2's gradient fills the first bucket, those of fc1 and fc0 are the second's 2 MiB.
 
