@@ -180,3 +180,14 @@ def test_an_input_changed_in_place_is_refused() -> None:
     x.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def test_a_plan_that_was_given_is_told_of_too(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    plan = vdnn.plan(vdnn.capture(model, torch.randn(4, 8), device="cpu"), "rtx4090", "vdnn-all", min_bytes=1)
+    with caplog.at_level(logging.INFO, "vdnn"):
+        vdnn.wrap(model, plan=plan, device=vdnn.VirtualDevice())
+    vdnn.unwrap(model)
+    moved = sum(entry.action.action == "offload" for entry in plan.entries)
+    assert moved > 0
+    assert f"offload is active: {moved} of {len(plan.entries)} saved storages" in caplog.records[0].getMessage()

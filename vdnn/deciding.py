@@ -84,6 +84,8 @@ class Decider:
         self.kind = "cuda" if isinstance(device, CudaDevice) else "cpu"
         self._fixed = None if fixed is None else Schedule(fixed)
         self._made: dict[Any, _Decision] = {}
+        if fixed is not None:
+            _say(fixed)
 
     def schedule(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Schedule:
         """The schedule for a call with these inputs.
@@ -144,13 +146,7 @@ class Decider:
         if not recompute:
             plan = replace(plan, notes=(*plan.notes, *remarks(trace, plan)))
         plan = self._with_cudnn(model, plan)
-        moved = sum(entry.action.action == "offload" for entry in plan.entries)
-        what = (
-            f"offload is active: {moved} of {len(plan.entries)} saved storages, {format_bytes(plan.offloaded_bytes)}"
-            if moved
-            else "nothing is offloaded"
-        )
-        log.info("vdnn: %s, policy %s: %s", trace.model, plan.policy, "; ".join((what, *plan.notes)))
+        _say(plan)
         return _Decision(Schedule(plan), recompute)
 
     def _capture(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
@@ -229,6 +225,17 @@ class Decider:
         if other is not None:
             return _named(other, _least(other, self.machine, self.options), "nothing fits"), True
         return _least(trace, self.machine, self.options), False
+
+
+def _say(plan: Plan) -> None:
+    """One line on what was decided."""
+    moved = sum(entry.action.action == "offload" for entry in plan.entries)
+    what = (
+        f"offload is active: {moved} of {len(plan.entries)} saved storages, {format_bytes(plan.offloaded_bytes)}"
+        if moved
+        else "nothing is offloaded"
+    )
+    log.info("vdnn: %s, policy %s: %s", plan.model, plan.policy, "; ".join((what, *plan.notes)))
 
 
 def _least(trace: Trace, machine: Hardware, options: Options) -> Plan:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-__all__ = ["CASES", "ROOT", "marked_tests", "table"]
+__all__ = ["CASES", "ROOT", "RULES", "marked_tests", "table"]
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = ROOT / "docs" / "cases.md"
@@ -83,6 +83,30 @@ ELSEWHERE = {
     55: "`experiments/gpu/parts/compared.py`: needs a GPU, and none was at hand so far",
 }
 
+# The engine's rules, and the cases that each of them is for.
+RULES = {
+    "a change in place is noticed at unpack, exactly where eager notices it": (22, 24, 37),
+    "parameters, buffers and autocast's copies of them never move, found by storage": (4, 6, 32),
+    "one copy for each storage and version; views come back by offset, shape and stride": (18, *range(23, 32)),
+    "what autograd holds owns the bytes; it may die at any time and in any thread": (10, 34, 35, 36, 38, 39, 40, 48),
+    "the current stream is looked up at every use": (17,),
+    "a copy back waits for its own copy out, on every path, and memory for the last copy that uses it": (19, 20, 21),
+    "no host synchronization in a step": (54,),
+    "copies in flight are bounded in bytes; beyond, the compute stream waits": (52,),
+    "two side streams; pinned memory in one piece, exact, reused, within a budget, never an abort": (49, 50, 51, 55),
+    "never touched: other devices, small, expanded and fake tensors, unknown subclasses": (13, 14, 29, 46, 52),
+    "an error anywhere leaves nothing behind; nesting is an error; copies, pickles and names stay": (42, 43, 47),
+}
+# What holds of the rules altogether, and where it is tested.
+ALTOGETHER = (
+    "Every event record, wait, version comparison, lock, bound and hand-over of the engine is taken out, one at "
+    "a time, and must be missed: `tests/engine/mutation`. Drawn networks under drawn rules and plans, in many orders "
+    "of events: `tests/engine/test_exploration.py`. The lifecycle of a storage, its moves checked: "
+    "`test_a_state_that_does_not_allow_a_move_is_named`. `CudaDevice` on a CUDA that only records: "
+    "`every_call_is_one_of_cudas` in `tests/engine/mutation/scenarios`. Models that do what few do: "
+    "`tests/engine/test_odd_models.py`."
+)
+
 
 def marked_tests() -> dict[int, list[str]]:
     """The tests with `@pytest.mark.case(n, …)`, as FILE::NAME, by number."""
@@ -117,7 +141,9 @@ def table() -> str:
         if number in ELSEWHERE:
             cell = "; ".join(part for part in (cell, ELSEWHERE[number]) if part)
         lines.append(f"| {number} | {text} | {cell or 'none yet'} |")
-    return "\n".join(lines) + "\n"
+    lines += ["", "## The engine's rules, and the cases that try them", "", "| rule | cases |", "| --- | --- |"]
+    lines += [f"| {rule} | {', '.join(map(str, numbers))} |" for rule, numbers in RULES.items()]
+    return "\n".join([*lines, "", ALTOGETHER]) + "\n"
 
 
 if __name__ == "__main__":
