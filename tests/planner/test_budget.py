@@ -15,7 +15,7 @@ from vdnn.training import train
 from vdnn.values import hardware
 
 MACHINE = hardware("rtx4090")
-TRACES = {"conv": conv_chain(batch=512), "transformer": transformer_chain(blocks=6)}
+TRACES = {"conv": conv_chain(batch=512), "transformer": transformer_chain(blocks=6, batch=64)}
 
 
 @pytest.mark.case(60)

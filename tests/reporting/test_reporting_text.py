@@ -34,6 +34,7 @@ DESIGN_COLUMNS = [
     *("model", "batch", "gpu", "policy", "precision", "source"),
     *("peak_requested_bytes", "peak_allocated_bytes", "peak_reserved_bytes", "iteration_time_ns", "stall_ns"),
     *("offloaded_bytes", "prefetched_bytes", "host_peak_bytes", "fits"),
+    *("iteration_time_low_ns", "iteration_time_high_ns"),
 ]
 
 

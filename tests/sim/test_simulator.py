@@ -172,7 +172,7 @@ def test_a_step_that_waits_for_its_host():
     5000–6000, both over before compute gets to their waits. Compute idles 9600 − 7 · 600 = 5400.
     """
     trace, plan = two_convolutions()
-    times = run(trace, resolve(plan, trace), [600] * 7, one_byte_a_ns(launch_ns=1000))
+    times = run(trace, resolve(plan, trace), [600] * 7, one_byte_a_ns(launch_ns=1000), host_ns=[1000] * 7)
     assert (times.total_ns, times.stall_ns, times.launch_idle_ns) == (9600, 0, 5400)
 
 

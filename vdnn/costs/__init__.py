@@ -1,6 +1,7 @@
-"""What an op costs on a `Hardware`: a roofline with a table of efficiencies."""
+"""What an op costs on a `Hardware`: formulas by class of kernel, with numbers fitted to published measurements."""
 
 from vdnn.costs.convolutions import times_with
-from vdnn.costs.roofline import DEFAULTS, op_times
+from vdnn.costs.numbers import CostNumbers, Spread, fitted
+from vdnn.costs.times import host_times, op_times
 
-__all__ = ["DEFAULTS", "op_times", "times_with"]
+__all__ = ["CostNumbers", "Spread", "fitted", "host_times", "op_times", "times_with"]

@@ -1,8 +1,8 @@
-"""The time of an op where a plan names convolution algorithms: by their table instead of the roofline.
+"""The time of an op where a plan names convolution algorithms: by their table instead of the model.
 
 CONV                             the algorithm's time, but no less than the op's DRAM traffic takes
 POOL, activations, copies        their DRAM traffic, at the efficiency that the table has for it
-everything else                  the roofline
+everything else                  the cost model
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from vdnn.convolutions import traffic_ops
-from vdnn.costs.roofline import op_times
+from vdnn.costs.times import op_times
 from vdnn.values.algorithms import Offer, algorithm_table
 from vdnn.values.hardware import Hardware
 from vdnn.values.trace import Op, Trace
@@ -19,7 +19,7 @@ __all__ = ["times_with"]
 
 
 def times_with(trace: Trace, hardware: Hardware, chosen: Mapping[int, Offer], table: str) -> list[int]:
-    """Nanoseconds of each op with the algorithms of `chosen`; those of the roofline without a table."""
+    """Nanoseconds of each op with the algorithms of `chosen`; those of the cost model without a table."""
     times = op_times(trace, hardware)
     if not table:
         return times

@@ -53,6 +53,8 @@ COLUMNS = (
     "prefetched_bytes",
     "host_peak_bytes",
     "fits",
+    "iteration_time_low_ns",
+    "iteration_time_high_ns",
 )
 Level = Literal["requested", "allocated", "reserved"]
 LEVELS: tuple[Level, ...] = ("requested", "allocated", "reserved")

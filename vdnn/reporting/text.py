@@ -109,6 +109,13 @@ def _remarks(pairs: Sequence[Comparison]) -> tuple[str, ...]:
     levels = {p.saving_of for p in pairs if p.saving_of is not None} - {"requested"}
     if levels:
         remarks.append(f"Saved: of {' or '.join(sorted(levels))} memory where requested is not known.")
+    for r in (p.result for p in pairs):
+        if r.iteration_time_ns and r.iteration_time_low_ns is not None and r.iteration_time_high_ns is not None:
+            low, high = (t / r.iteration_time_ns for t in (r.iteration_time_low_ns, r.iteration_time_high_ns))
+            remark = (
+                f"Measured iterations on {r.gpu} are expected between {low:.2f} and {high:.2f} times the predicted."
+            )
+            remarks += [remark] if remark not in remarks else []
     for note in dict.fromkeys(note for p in pairs for note in p.result.notes):
         ours = [p.result for p in pairs if note in p.result.notes]
         policies = dict.fromkeys(r.policy for r in ours)
@@ -143,6 +150,8 @@ def _numbers(result: RunResult, baseline: RunResult | None) -> Sheet:
     for name, label in (("iteration", "iteration time"), ("forward", "  forward"), ("backward", "  backward")):
         other = getattr(baseline, f"{name}_time_ns") if baseline is not None else None
         line(label, format_ns(getattr(result, f"{name}_time_ns")), format_ns(other))
+        if name == "iteration":
+            line("  expected between", _interval(result), _interval(baseline))
     line("stalls", format_ns(result.stall_ns), format_ns(baseline.stall_ns if baseline is not None else None))
     for name, label in (
         ("offloaded_bytes", "offloaded"),
@@ -165,6 +174,12 @@ def _numbers(result: RunResult, baseline: RunResult | None) -> Sheet:
     if baseline is None:
         return Sheet(title, columns[:2], tuple(row[:2] for row in shown), tuple(notes))
     return Sheet(title, columns, tuple(shown), tuple(notes))
+
+
+def _interval(result: RunResult | None) -> str:
+    if result is None or result.iteration_time_low_ns is None or result.iteration_time_high_ns is None:
+        return NOTHING
+    return f"{format_ns(result.iteration_time_low_ns)} and {format_ns(result.iteration_time_high_ns)}"
 
 
 def _filling(result: RunResult) -> Sheet:

@@ -1,7 +1,7 @@
 """One step on the streams: the host issues, compute runs in order, copies run beside it.
 
     for each instruction in program order:
-        op      the host needs launch_ns; compute starts it when it is free and the host has issued it
+        op      the host needs its time to issue it; compute starts it when it is free and the host has issued it
         OUT     submit the copy out, to start after what compute has done so far
         RELEASE compute waits for the copy out
         FETCH   submit the copy back, to start after what compute has done so far and after its copy out
@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vdnn.costs import host_times
 from vdnn.dataparallel import Bucket
 from vdnn.moments import Move
 from vdnn.sim.allreduce import Ring
@@ -59,9 +60,14 @@ def run(
     recorder: Recorder | None = None,
     buckets: Sequence[Bucket] = (),
     ring: Ring | None = None,
+    host_ns: Sequence[int] | None = None,
 ) -> Run:
-    """Simulate one step, with the buckets that a ring sums; a recorder hears of every span, stall and memory event."""
+    """Simulate one step, with the buckets that a ring sums; a recorder hears of every span, stall and memory event.
+
+    `op_ns` is each op's time on the device, `host_ns` what the host takes to issue it (by default `host_times`).
+    """
     launch = hardware.launch_ns
+    issue = host_ns if host_ns is not None else host_times(trace, hardware)
     first = 2 * len(moves)  # copy 2·i takes move i out, 2·i + 1 brings it back; then come the all-reduces
     copies = CopyStreams(hardware, first + len(buckets), ring)
     program = actions(moves)
@@ -78,14 +84,14 @@ def run(
     for position, stop, number in stops:
         if recorder is not None:
             for op in range(here, position):
-                begin, host = now, host + launch
+                begin, host = now, host + issue[op]
                 now = max(now, host) if op_ns[op] else now
                 idle += now - begin
-                recorder.op(op, host - launch, host, begin, now, now + op_ns[op])
+                recorder.op(op, host - issue[op], host, begin, now, now + op_ns[op])
                 now += op_ns[op]
         else:
-            for duration in op_ns[here:position]:
-                host += launch
+            for duration, issued in zip(op_ns[here:position], issue[here:position], strict=True):
+                host += issued
                 if duration:
                     if host > now:
                         idle += host - now
@@ -149,8 +155,8 @@ def clock(trace: Trace, op_ns: Sequence[int], hardware: Hardware) -> list[int]:
     """When compute reaches each position of a step without a plan; the last is when the step is over."""
     host = now = 0
     reached = [0]
-    for duration in op_ns:
-        host += hardware.launch_ns
+    for duration, issued in zip(op_ns, host_times(trace, hardware), strict=True):
+        host += issued
         if duration:
             now = max(now, host) + duration
         reached.append(now)

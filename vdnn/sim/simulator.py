@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vdnn.convolutions import offers_of, with_workspaces
-from vdnn.costs import times_with
+from vdnn.costs import fitted, times_with
 from vdnn.dataparallel import Bucket, data_parallel
 from vdnn.encoding import planned
 from vdnn.errors import UsageError
@@ -73,7 +73,11 @@ def simulate_step(
     trace = with_workspaces(step, chosen)
     recorder = Recorder(trace, moves) if timeline else None
     op_ns = times_with(trace, hardware, chosen, plan.algorithm_table if plan else "")
-    times = run(trace, moves, op_ns, hardware, recorder, buckets, ring_of(hardware, node) if buckets else None)
+    paper = regime == "paper" or bool(plan and plan.algorithm_table)
+    host_ns = [hardware.launch_ns] * len(op_ns) if paper else None
+    ring = ring_of(hardware, node) if buckets else None
+    times = run(trace, moves, op_ns, hardware, recorder, buckets, ring, host_ns)
+    spread = None if paper or hardware.timings else fitted().spread(hardware.id)
     most = peak(trace, moves)
     capacity = hardware.memory_bytes if memory_limit is None else memory_limit
     memory = step_memory(trace, moves, capacity) if trace.device != "cpu" and regime == "pytorch" else None
@@ -108,6 +112,8 @@ def simulate_step(
         peak_allocated_bytes=memory.peak_allocated_bytes if memory else None,
         peak_reserved_bytes=memory.peak_reserved_bytes if memory else None,
         iteration_time_ns=times.total_ns,
+        iteration_time_low_ns=int(times.total_ns * spread.low) if spread else None,
+        iteration_time_high_ns=int(times.total_ns * spread.high) if spread else None,
         forward_time_ns=times.forward_ns,
         backward_time_ns=times.backward_ns,
         stall_ns=times.stall_ns,

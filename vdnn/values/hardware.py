@@ -71,6 +71,8 @@ class Hardware:
 
     A machine whose kernels were measured one by one (a CPU) has `timings`, which decide instead of the rates. There a
     block of `fresh_from_bytes` or more is new memory each time, and costs `page_ns` for every 4 KiB; 0 where not so.
+    From the datasheet, and None where nobody looked it up: `sm_count` multiprocessors, an L2 cache of `l2_bytes`, the
+    board's power limit and the process of its chip (which bound the rate that the cores for fp32 can sustain).
     """
 
     id: str
@@ -90,6 +92,10 @@ class Hardware:
     timings: tuple[Timing, ...] = ()
     page_ns: int = 0
     fresh_from_bytes: int = 0
+    sm_count: int | None = None
+    l2_bytes: int | None = None
+    power_watts: int | None = None
+    process_nm: int | None = None
 
     def peak(self, dtype: str) -> int:
         """Flops a second for a dtype; an unknown dtype runs at fp32's rate."""
@@ -118,6 +124,10 @@ class Hardware:
         for name in ("link_latency_ns", "launch_ns", "kernel_ns", "nvlink_bytes_per_s"):
             if getattr(self, name) < 0:
                 raise FormatError(f"hardware {self.id!r}: {name} is {getattr(self, name)}, it must not be negative")
+        for name in ("sm_count", "l2_bytes", "power_watts", "process_nm"):
+            number = getattr(self, name)
+            if number is not None and number <= 0:
+                raise FormatError(f"hardware {self.id!r}: {name} is {number}, it must be more than 0, or left out")
         if not any(p.dtype == "float32" for p in self.peaks):
             raise FormatError(f"hardware {self.id!r} has no float32 peak")
         for p in self.peaks:

@@ -41,6 +41,7 @@ class RunResult:
     """One run of one step. None means: not known to this run (never: zero).
 
     Requested is the sum of live storages, allocated counts the allocator's blocks, reserved its segments.
+    A prediction of the iteration's time has an interval that 90 % of measured times are expected in.
     `stall_ns` is the time that the compute stream waited for copies. `exact` says whether every output, loss and
     gradient was equal, bit for bit, to those of the same steps without offload.
     """
@@ -57,6 +58,8 @@ class RunResult:
     peak_allocated_bytes: int | None = None
     peak_reserved_bytes: int | None = None
     iteration_time_ns: int | None = None
+    iteration_time_low_ns: int | None = None
+    iteration_time_high_ns: int | None = None
     forward_time_ns: int | None = None
     backward_time_ns: int | None = None
     stall_ns: int | None = None

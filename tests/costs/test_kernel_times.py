@@ -1,0 +1,231 @@
+"""The cost model's formulas: by hand where they can be, and what must hold on any machine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import ceil
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vdnn.costs import fitted, host_times, op_times
+from vdnn.costs.numbers import CostNumbers, read_fitted
+from vdnn.costs.shapes import Shapes, shapes_of
+from vdnn.errors import FormatError
+from vdnn.synthetic import conv_chain
+from vdnn.values import Efficiency, Hardware, Op, Peak, Trace, hardware, preset_ids
+
+MACHINE = Hardware(
+    id="hand",
+    name="by hand",
+    memory_bytes=1 << 30,
+    peaks=(Peak("float32", 10**12), Peak("float16", 8 * 10**12)),
+    dram_bytes_per_s=10**12,
+    d2h_bytes_per_s=10**9,
+    h2d_bytes_per_s=10**9,
+    duplex_bytes_per_s=10**9,
+    link_latency_ns=0,
+    launch_ns=1000,
+    kernel_ns=7,
+    efficiencies=(),
+    sources=(),
+)
+# Every fraction one, every overhead nothing: what is left is the datasheet.
+IDEAL = CostNumbers(
+    **{
+        name: 0.0
+        if name.endswith(("_start", "_half", "_bytes", "_taps", "_reuse", "exponent", "per_flop", "unhidden"))
+        else 1.0
+        for name in CostNumbers.__slots__
+    }
+)
+USUAL = fitted().numbers
+
+
+def op(
+    kernel: str,
+    dims: tuple[int, ...],
+    *,
+    name: str = "op",
+    dtype: str = "float16",
+    flops: int = 0,
+    nbytes: int = 0,
+    written: int = 0,
+    phase: str = "forward",
+) -> Op:
+    return Op(name, phase, -1, kernel, dtype, dims, (), (), flops, nbytes, written, 0)  # type: ignore[arg-type]
+
+
+def time_of(one: Op, machine: Hardware = MACHINE, numbers: CostNumbers = IDEAL, nhwc: bool = False) -> int:
+    trace = replace(conv_chain(), ops=(one,), modules=(), storages=(), saved=(), channels_last=nhwc)
+    assert isinstance(trace, Trace)
+    (ns,) = op_times(trace, machine, numbers)
+    return ns
+
+
+def test_there_are_at_most_forty_numbers_and_each_is_explained():
+    assert len(CostNumbers.__slots__) <= 40
+    text = CostNumbers.__doc__ or ""
+    for name in CostNumbers.__slots__:
+        assert name in text, name
+
+
+def test_a_product_of_whole_tiles_runs_at_the_peak():
+    size = 256 * 4
+    flops = 2 * size**3
+    assert time_of(op("matmul", (1, size, size, size), flops=flops)) == ceil(flops / 8000)
+
+
+def test_a_product_is_as_slow_as_its_last_wave_of_tiles():
+    """Of 128 × 128 there are 9 tiles on 8 multiprocessors: two waves, of which the second runs one tile."""
+    machine = replace(MACHINE, sm_count=8)
+    one = op("matmul", (9, 128, 128, 127))  # the sum is too short to be split
+    waves = {(128, 128): 2, (64, 64): 5, (128, 64): 3}
+    best = min(count * 2 * m * n * 127 / 1000 for (m, n), count in waves.items())
+    assert time_of(one, machine) == pytest.approx(best, abs=1)
+
+
+def test_a_long_sum_of_a_small_result_is_split_over_the_multiprocessors():
+    one, four = (replace(MACHINE, sm_count=n) for n in (1, 4))
+    gradient = op("matmul", (1, 256, 128, 1 << 20))
+    assert time_of(gradient, four) == pytest.approx(time_of(gradient, one), rel=1e-3)  # both use the whole machine
+    short = op("matmul", (1, 64, 64, 128))
+    assert time_of(short, four) > 1.5 * time_of(short, one)  # which a short sum cannot
+
+
+def test_a_stream_takes_its_bytes_over_the_bandwidth():
+    assert time_of(op("elementwise", (500, 500, 0), nbytes=3000, written=1000)) == 4
+
+
+def test_a_transposing_copy_uses_a_part_of_what_it_moves():
+    numbers = replace(IDEAL, short_run_bytes=6.0)
+    straight = op("copy", (10**6, 10**6, 0), nbytes=10**6, written=10**6)
+    crossed = op("copy", (10**6, 1, 0), nbytes=10**6, written=10**6)
+    assert time_of(straight, numbers=numbers) == pytest.approx(2000, abs=1)
+    assert time_of(crossed, numbers=numbers) == pytest.approx(8000, abs=1)  # two bytes of eight
+
+
+def test_what_the_cache_holds_is_not_read_again():
+    numbers = replace(IDEAL, l2_reuse=0.5)
+    one = op("elementwise", (10**6, 10**6, 0), nbytes=10**6, written=10**6)
+    assert time_of(one, replace(MACHINE, l2_bytes=10**6), numbers) == 1500
+    assert time_of(one, replace(MACHINE, l2_bytes=10**9), numbers) == 1000
+
+
+def conv(groups: int = 1, name: str = "aten.convolution.default", channels: int = 256, window: int = 9) -> Op:
+    """Sixteen images of 32 × 32 pixels."""
+    x = 16 * channels * 1024 * 2
+    weights = channels * channels // groups * window * 2
+    written = x + weights if "backward" in name else x
+    reads = 2 * x + weights if "backward" in name else x + weights
+    dims = (16, channels, channels, groups, 1024, window, 1024)
+    return op("conv", dims, name=name, nbytes=reads, written=written)
+
+
+def test_around_tensor_cores_nchw_is_turned_and_nhwc_is_not():
+    one = conv()
+    nbytes = 2 * 16 * 256 * 1024 * 2 + 256 * 256 * 9 * 2
+    slow = replace(MACHINE, dram_bytes_per_s=10**13)
+    turned = time_of(one, slow) - time_of(one, slow, nhwc=True)
+    assert turned == pytest.approx(2 * nbytes / 1e4, abs=2)
+
+
+def test_backward_of_a_convolution_is_two_and_without_the_input_s_gradient_one():
+    numbers = replace(IDEAL, weight_gradient=1.0)
+    forward, both = conv(), conv(name="aten.convolution_backward.default")
+    weights = 256 * 256 * 9 * 2
+    alone = replace(both, written_bytes=weights)
+    assert time_of(both, numbers=numbers) > 1.8 * time_of(forward, numbers=numbers)
+    assert time_of(alone, numbers=numbers) < 0.6 * time_of(both, numbers=numbers)
+
+
+def test_a_depthwise_convolution_multiplies_on_the_cores():
+    numbers = replace(IDEAL, depthwise=0.01)
+    flops = 2 * 16 * 256 * 1024 * 9
+    assert time_of(conv(groups=256), numbers=numbers) == ceil(flops / 1000 / 0.01)
+
+
+def test_a_bias_of_a_convolution_is_a_pass_of_its_own():
+    plain = conv()
+    biased = replace(plain, read_bytes=plain.read_bytes + 256 * 2)
+    image = 16 * 256 * 1024 * 2
+    assert time_of(biased) - time_of(plain) == pytest.approx(2 * image / 1000, abs=2)
+
+
+def test_the_power_limit_bounds_the_rate_of_the_cores():
+    """A flop of 10 pJ at 5 W is 500 flops a nanosecond, half of the peak."""
+    numbers = replace(IDEAL, fp32_pj_per_flop=10.0)
+    product = op("matmul", (1, 1024, 1024, 1024), dtype="float32")
+    limited = replace(MACHINE, power_watts=5, process_nm=12)
+    assert time_of(product, limited, numbers) == pytest.approx(2 * time_of(product, MACHINE, numbers), rel=1e-3)
+
+
+def test_efficiencies_measured_on_a_machine_take_the_place_of_the_fitted_ones():
+    measured = replace(MACHINE, efficiencies=(Efficiency("matmul", 500, 1000), Efficiency("copy", 1000, 250)))
+    product = op("matmul", (1, 1024, 1024, 1024))
+    assert time_of(product, measured) == pytest.approx(2 * time_of(product), rel=1e-3)
+    copied = op("copy", (10**6, 10**6, 0), nbytes=10**6, written=10**6)
+    assert time_of(copied, measured) == 4 * time_of(copied)
+
+
+@pytest.mark.parametrize("gpu", preset_ids())
+def test_every_preset_times_every_op(gpu):
+    trace = conv_chain()
+    times = op_times(trace, hardware(gpu))
+    assert len(times) == len(trace.ops)
+    assert min(times) > 0
+
+
+KERNELS = ("conv", "matmul", "attention", "norm", "pool", "elementwise", "reduce", "copy", "embedding", "rnn", "other")
+SIZES = {"conv": 7, "matmul": 4, "attention": 5}
+
+
+@st.composite
+def any_op(draw: st.DrawFn) -> Op:
+    kernel = draw(st.sampled_from(KERNELS))
+    dims = tuple(draw(st.lists(st.integers(0, 3000), min_size=SIZES.get(kernel, 1), max_size=SIZES.get(kernel, 4))))
+    name = draw(st.sampled_from(["aten.x.default", "aten.x_backward.default", "aten.softmax", "aten.batch_norm"]))
+    dtype = draw(st.sampled_from(["float32", "float16", "bfloat16", "int64", "bool"]))
+    numbers = st.integers(0, 10**12)
+    return op(kernel, dims, name=name, dtype=dtype, flops=draw(numbers), nbytes=draw(numbers), written=draw(numbers))
+
+
+@settings(max_examples=200, deadline=None)
+@given(any_op(), st.sampled_from(["t4", "titan-x", "rtx3090", "h100"]))
+def test_any_op_takes_a_time_that_a_machine_twice_as_fast_does_not_exceed(one, gpu):
+    machine = hardware(gpu)
+    twice = replace(
+        machine,
+        dram_bytes_per_s=2 * machine.dram_bytes_per_s,
+        peaks=tuple(Peak(p.dtype, 2 * p.flops_per_s) for p in machine.peaks),
+        power_watts=2 * (machine.power_watts or 1),
+    )
+    slow, fast = time_of(one, machine, USUAL), time_of(one, twice, USUAL)
+    assert 0 < fast <= slow + 1
+
+
+def test_equal_ops_are_priced_once_and_a_view_not_at_all():
+    shapes = Shapes()
+    ops = [conv(), op("view", ()), conv()]
+    first, none, again = shapes_of(ops, False, shapes, {})
+    assert first == again
+    assert none == ()
+    assert len(shapes.convolutions) == 1
+
+
+def test_the_host_is_quicker_with_views_and_in_backward():
+    numbers = replace(IDEAL, host_view=0.25, host_backward=0.5)
+    ops = (op("elementwise", (1,)), op("view", ()), op("elementwise", (1,), phase="backward"))
+    trace = replace(conv_chain(), ops=ops, modules=(), storages=(), saved=())
+    assert host_times(trace, MACHINE, numbers) == [1000, 250, 500]
+
+
+@pytest.mark.parametrize(("old", "new"), [("stream = ", "stream = -"), ("stream = ", "steam = "), ("[numbers]", "[n]")])
+def test_a_damaged_file_of_numbers_is_refused(old, new):
+    from importlib import resources
+
+    text = (resources.files("vdnn.costs") / "fitted.toml").read_text()
+    read_fitted(text, "whole")
+    with pytest.raises(FormatError):
+        read_fitted(text.replace(old, new, 1), "damaged")

@@ -1,0 +1,324 @@
+"""Nanoseconds of each shape on a machine: one formula a family, from `CostNumbers` and the machine's datasheet.
+
+product       waves of tiles over the multiprocessors, each tile at a fraction of its multiprocessor's peak
+convolution   the same of its implicit product, or Winograd's products, or (depthwise) its traffic and its arithmetic;
+              around tensor cores NCHW tensors are turned to NHWC and back
+attention     its products, at fractions of their own
+stream        bytes over a fraction of the bandwidth, less what the L2 cache still holds
+
+Every kernel adds its start. Nothing here knows a model, and a machine is known by its `Hardware` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vdnn.costs.numbers import CostNumbers
+from vdnn.costs.shapes import AttentionShape, ConvShape, ProductShape, Shapes, StreamShape
+from vdnn.values.hardware import Hardware
+
+__all__ = ["FAMILIES", "Machine", "attention_ns", "convolution_ns", "family_times", "product_ns", "stream_ns"]
+
+F = npt.NDArray[np.float64]
+# Tiles that library kernels are built for: rows × columns of the result. Each product takes the one that is fastest.
+TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64), (64, 32), (32, 64))
+LOW = ("float16", "bfloat16")
+BLOCKS_OF_A_MULTIPROCESSOR = 6  # 1536 threads in blocks of 256
+CHANNELS_OF_TENSOR_CORES = 8  # fp16 kernels read 16 bytes at once
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the formulas need of a `Hardware`: rates in 1/ns, sizes in bytes. A number not known has no effect."""
+
+    hardware: Hardware
+    dram: float
+    multiprocessors: float
+    l2: float
+    start_ns: float
+    cores: float  # flops a ns of the cores for fp32, as far as the power allows
+
+    @staticmethod
+    def of(hardware: Hardware, numbers: CostNumbers) -> Machine:
+        peak = hardware.peak("float32") / 1e9
+        if hardware.power_watts is not None and hardware.process_nm is not None:
+            energy = numbers.fp32_pj_per_flop * (hardware.process_nm / 12) ** numbers.energy_exponent
+            peak = min(peak, hardware.power_watts / energy * 1e3)
+        return Machine(
+            hardware,
+            hardware.dram_bytes_per_s / 1e9,
+            float(hardware.sm_count or 1),
+            float(hardware.l2_bytes or 0),
+            hardware.kernel_ns * numbers.kernel_start,
+            peak,
+        )
+
+    def matrix_rate(self, dtype: str, conv: bool) -> tuple[float, bool]:
+        """(flops a ns, whether tensor cores do it) of a product of this dtype, as PyTorch's defaults have it."""
+        asked = "tf32" if conv and dtype == "float32" and any(p.dtype == "tf32" for p in self.hardware.peaks) else dtype
+        peak = self.hardware.peak(asked) / 1e9
+        tensor = peak > 1.5 * self.hardware.peak("float32") / 1e9 and asked != "float32"
+        return (peak, True) if tensor else (min(self.cores * (peak * 1e9 / self.hardware.peak("float32")), peak), False)
+
+    def measured(self, kernel: str, compute: float, memory: float) -> tuple[float, float]:
+        """Fractions of peak and bandwidth of a class of kernels: as measured on this machine, else as given."""
+        for e in self.hardware.efficiencies:
+            if e.kernel == kernel:
+                return e.compute_permille / 1000, e.memory_permille / 1000
+        return compute, memory
+
+
+def _columns(shapes: Sequence[Any]) -> list[npt.NDArray[Any]]:
+    return [np.array(column) for column in zip(*shapes, strict=True)]
+
+
+def _floats(columns: Iterable[npt.NDArray[Any]]) -> list[F]:
+    return [column.astype(np.float64) for column in columns]
+
+
+def _sizes(columns: Iterable[npt.NDArray[Any]]) -> list[F]:
+    """Sizes that something is divided by: an op on nothing is priced as one on a single element."""
+    return [np.maximum(column, 1) for column in _floats(columns)]
+
+
+# -- products ------------------------------------------------------------------------------------
+
+
+def tiled_ns(
+    batch: F,
+    m: F,
+    n: F,
+    k: F,
+    rate: F | float,
+    fraction: F | float,
+    half: float,
+    start_k: F | float,
+    sms: float,
+    least: int = 32,
+) -> F:
+    """The arithmetic of products, in the tile that is fastest.
+
+        tiles = ⌈m/tm⌉·⌈n/tn⌉·batch      waves = ⌈tiles · parts / multiprocessors⌉
+        time  = waves · 2·tm·tn·(k/parts + start_k) / (rate / multiprocessors · fraction · I/(I + half))
+
+    I = tm·tn/(tm + tn) is the tile's arithmetic for each element it loads. Where tiles are fewer than multiprocessors,
+    k is split into `parts`. Sides of tiles are `least` or more.
+    """
+    best: F | None = None
+    for tm, tn in (tile for tile in TILES if min(tile) >= least):
+        intensity = tm * tn / (tm + tn)
+        tiles = np.ceil(m / tm) * np.ceil(n / tn) * batch
+        parts = np.maximum(1.0, np.minimum(np.floor(sms / tiles), np.floor(k / 128)))
+        waves = np.ceil(tiles * parts / sms)
+        each = 2.0 * tm * tn * (k / parts + start_k) / (rate / sms * fraction * intensity / (intensity + half))
+        best = waves * each if best is None else np.minimum(best, waves * each)
+    assert best is not None
+    return best
+
+
+def product_ns(shapes: Sequence[ProductShape], machine: Machine, c: CostNumbers) -> F:
+    if not shapes:
+        return np.empty(0)
+    kernels, dtypes, *sizes = _columns(shapes)
+    batch, m, n, k = _sizes(sizes[:4])
+    (nbytes,) = _floats(sizes[4:])
+    ns = np.empty(len(shapes))
+    for dtype in sorted(set(dtypes.tolist())):
+        for kernel in sorted(set(kernels[dtypes == dtype].tolist())):
+            at = (dtypes == dtype) & (kernels == kernel)
+            rate, tensor = machine.matrix_rate(dtype, False)
+            fraction, memory = machine.measured(kernel, c.tensor_fraction if tensor else c.core_fraction, c.stream)
+            half, start = (c.tensor_half, c.tensor_start) if tensor else (0.0, c.core_start)
+            # rows of an odd length cannot be loaded 16 bytes at once
+            odd = tensor & ((n[at] % 8 > 0) | (k[at] % 8 > 0))
+            share = fraction * np.where(odd, c.unaligned, 1.0)
+            work = tiled_ns(
+                batch[at], m[at], n[at], k[at], rate, share, half, start, machine.multiprocessors, 64 if tensor else 32
+            )
+            ns[at] = _both(work, _traffic(nbytes[at], machine, memory), c)
+    return ns + machine.start_ns
+
+
+def _both(work: F, traffic: F, c: CostNumbers) -> F:
+    """Arithmetic and traffic go on at once, but for a part of the shorter."""
+    return np.maximum(work, traffic) + c.unhidden * np.minimum(work, traffic)
+
+
+def _traffic(nbytes: F, machine: Machine, fraction: F | float) -> F:
+    return nbytes / (machine.dram * fraction)
+
+
+# -- convolutions --------------------------------------------------------------------------------
+
+
+def convolution_ns(shapes: Sequence[ConvShape], machine: Machine, c: CostNumbers) -> F:
+    if not shapes:
+        return np.empty(0)
+    dtypes, ways, *rest = _columns(shapes)
+    batch, c_in, c_out, groups, out_pixels, window, in_pixels = _sizes(rest[:7])
+    biased, nhwc = _floats(rest[7:])
+    item = np.where(np.isin(dtypes, LOW), 2.0, np.where(dtypes == "float64", 8.0, 4.0))
+    x, y = batch * c_in * in_pixels * item, batch * c_out * out_pixels * item
+    w = c_in * c_out / groups * window * item
+    data, weight = ways == "data", ways == "weight"
+    # the implicit product: rows, columns, sum
+    m = np.where(weight, c_out / groups, batch * np.where(data, in_pixels, out_pixels))
+    n = np.where(weight, c_in / groups * window, np.where(data, c_in, c_out) / groups)
+    stride = np.maximum(1.0, in_pixels / out_pixels)
+    k = np.where(weight, batch * out_pixels, np.where(data, c_out * window / stride, c_in * window) / groups)
+    ns = np.empty(len(shapes))
+    for dtype in sorted(set(dtypes.tolist())):
+        at = dtypes == dtype
+        rate, tensor = machine.matrix_rate(dtype, True)
+        part = [a[at] for a in (batch, c_in, c_out, groups, m, n, k, x, y, w, window, out_pixels, in_pixels)]
+        dense = _dense(part, ways[at], nhwc[at] > 0, dtype, rate, tensor, machine, c)
+        single = (groups[at] > 1) & (groups[at] == c_in[at])
+        ns[at] = np.where(single, _depthwise(part, ways[at], dtype, machine, c), dense)
+    pass_over = np.where(weight, y, 2 * y)  # the bias: a sum over y's gradient, or y read and written once more
+    return ns + machine.start_ns + np.where(biased > 0, pass_over / (machine.dram * c.stream) + machine.start_ns, 0.0)
+
+
+def _dense(
+    part: list[F],
+    ways: npt.NDArray[Any],
+    nhwc: npt.NDArray[np.bool_],
+    dtype: str,
+    rate: float,
+    tensor: bool,
+    machine: Machine,
+    c: CostNumbers,
+) -> F:
+    batch, _, _, groups, m, n, k, x, y, w, window, out_pixels, in_pixels = part
+    kept = np.where(ways == "weight", c.weight_gradient, np.where(ways == "data", c.data_gradient, 1.0))
+    grouped = np.where(groups > 1, c.grouped, 1.0)
+    cores, memory = machine.measured("conv", c.core_fraction * c.conv_core, c.stream)
+    sms = machine.multiprocessors
+    plain = tiled_ns(groups, m, n, k, machine.cores, cores * kept * grouped, 0.0, c.core_start, sms)
+    same = (window == 9) & (groups == 1) & (np.abs(in_pixels / out_pixels - 1) < 0.5) & (ways != "weight")
+    direct = _both(plain, _traffic(x + y + w, machine, memory), c)
+    folded = _winograd(part, cores * kept * c.winograd, machine, memory, c)
+    simple = np.where(same, np.minimum(direct, folded), direct)
+    nbytes = x + y + w
+    if not tensor:
+        return simple
+    fraction, memory = machine.measured("conv", c.tensor_fraction * c.conv_tensor, c.stream)
+    padded = [np.ceil(v / CHANNELS_OF_TENSOR_CORES) * CHANNELS_OF_TENSOR_CORES for v in (n, k)]
+    work = tiled_ns(
+        groups, m, padded[0], padded[1], rate, fraction * kept * grouped, c.tensor_half, c.tensor_start, sms
+    )
+    turned = np.where(nhwc, 0.0, 2 * nbytes / (machine.dram * c.layout_change) + 3 * machine.start_ns)
+    if dtype == "float32":
+        turned = np.zeros_like(turned)  # TF32 kernels take NCHW as it is
+    traffic = _traffic(nbytes, machine, memory)
+    best = np.minimum(_both(work, traffic, c) + turned, simple)
+    # a window of one pixel is a product for each image, which takes NCHW as it is: its columns are the image's pixels
+    odd = np.where(np.minimum(in_pixels, out_pixels) % CHANNELS_OF_TENSOR_CORES > 0, c.unaligned, 1.0)
+    share = fraction * kept * grouped * c.pointwise * odd
+    images = np.where(ways == "weight", groups, batch * groups)
+    columns = np.where(ways == "weight", padded[0], out_pixels)
+    rows = np.where(ways == "weight", m, n)
+    alone = tiled_ns(images, rows, columns, padded[1], rate, share, c.tensor_half, c.tensor_start, sms, 64)
+    return np.where((window == 1) & ~nhwc, np.minimum(best, _both(alone, traffic, c)), best)
+
+
+def _winograd(part: list[F], fraction: F, machine: Machine, memory: float, c: CostNumbers) -> F:
+    """Winograd's F(r×r, 3×3): (r + 2)² products for r² results; r = 2 in one kernel, r = 4 with its transforms in DRAM.
+
+    Both turn the weights first, which for many channels and few pixels is most of the work.
+    """
+    batch, _, _, _, _, n, k, x, y, w, _, out_pixels, _ = part
+    channels = np.maximum(k / 9, 1)
+    best: F | None = None
+    for side in (2, 4):
+        points = float((side + 2) ** 2)
+        tiles = batch * np.ceil(np.sqrt(out_pixels) / side) ** 2
+        many = np.full_like(n, points)
+        work = tiled_ns(many, tiles, n, channels, machine.cores, fraction, 0.0, c.core_start, machine.multiprocessors)
+        item = w / np.maximum(n * channels * 9, 1)
+        weights = w * (1 + 2 * points / 9)
+        if side == 2:
+            ns = _both(work, _traffic(x + y, machine, memory), c) + _traffic(weights, machine, memory)
+        else:
+            ns = work + _traffic(x + y + 2 * points * tiles * (channels + n) * item + weights, machine, memory)
+        best = ns if best is None else np.minimum(best, ns)
+    assert best is not None
+    return best
+
+
+def _depthwise(part: list[F], ways: npt.NDArray[Any], dtype: str, machine: Machine, c: CostNumbers) -> F:
+    """A thread for each result, no products of matrices: bound by traffic, or by multiplications on the cores.
+
+    Finding a result's place takes as long as some of its multiplications.
+    """
+    batch, _, c_out, _, _, _, _, x, y, w, window, out_pixels, _ = part
+    flops = 2 * batch * c_out * out_pixels * (window + c.depthwise_taps)
+    # the weights' gradient has a block for each channel and tap; fewer than fit leave multiprocessors idle
+    blocks = c_out * window / (BLOCKS_OF_A_MULTIPROCESSOR * machine.multiprocessors)
+    share = np.where(ways == "weight", c.depthwise_weight * np.minimum(blocks, 1.0), c.depthwise)
+    work = flops / (machine.hardware.peak("float32") / 1e9 * share)
+    return _both(work, _traffic(x + y + w, machine, c.stream), c)
+
+
+# -- attention -----------------------------------------------------------------------------------
+
+
+def attention_ns(shapes: Sequence[AttentionShape], machine: Machine, c: CostNumbers) -> F:
+    if not shapes:
+        return np.empty(0)
+    dtypes, _, *rest = _columns(shapes)
+    batch, queries, keys, size = _sizes(rest[:4])
+    flops, nbytes = _floats(rest[4:])
+    ns = np.empty(len(shapes))
+    for dtype in sorted(set(dtypes.tolist())):
+        at = dtypes == dtype
+        rate, tensor = machine.matrix_rate(dtype, False)
+        whole, memory = machine.measured("attention", c.tensor_fraction if tensor else c.core_fraction, c.stream)
+        share = whole * c.attention
+        # queries in blocks of 128, keys of 64, the head's size as 32, 64, 96, 128, …
+        waste = np.ceil(queries / 128) * 128 / queries * np.ceil(keys / 64) * 64 / keys * np.ceil(size / 32) * 32 / size
+        blocks = np.ceil(queries / 128) * batch
+        waves = np.ceil(blocks / machine.multiprocessors) / (blocks / machine.multiprocessors)
+        work = (flops * waste * waves)[at] / (rate * share)
+        ns[at] = _both(work, _traffic(nbytes[at], machine, memory), c)
+    return ns + machine.start_ns
+
+
+# -- streams -------------------------------------------------------------------------------------
+
+
+def stream_ns(shapes: Sequence[StreamShape], machine: Machine, c: CostNumbers) -> F:
+    if not shapes:
+        return np.empty(0)
+    kernels, kinds, *rest = _columns(shapes)
+    read, written, run, broadcast, row = _floats(rest)
+    fraction = c.stream * np.array([getattr(c, kind, 1.0) for kind in kinds.tolist()])
+    for kernel in {e.kernel for e in machine.hardware.efficiencies}:
+        fraction = np.where(kernels == kernel, machine.measured(kernel, 1.0, 1.0)[1], fraction)
+    # DRAM and L2 move 32 bytes at least; in pieces shorter than that most of what is moved is not used
+    fraction = fraction * np.maximum(run, 1) / (np.maximum(run, 1) + c.short_run_bytes)
+    fraction = np.where(broadcast > 0, fraction * c.broadcast, fraction)
+    rows = np.maximum(row, 1)
+    short = np.where(row > 0, rows / (rows + c.short_row_bytes), 1.0)
+    cached = np.minimum(read, c.l2_reuse * machine.l2)
+    nbytes = read + written - cached
+    return nbytes / (machine.dram * fraction * short) + machine.start_ns
+
+
+# Formula, and the field of `Shapes` that it prices, in the order in which ops name families.
+FAMILIES: tuple[tuple[Callable[[Sequence[Any], Machine, CostNumbers], F], str], ...] = (
+    (product_ns, "products"),
+    (convolution_ns, "convolutions"),
+    (attention_ns, "attentions"),
+    (stream_ns, "streams"),
+)
+
+
+def family_times(shapes: Shapes, hardware: Hardware, numbers: CostNumbers) -> list[list[float]]:
+    """Nanoseconds of each shape, by family in the order of `Shapes`."""
+    machine = Machine.of(hardware, numbers)
+    return [formula(list(getattr(shapes, name)), machine, numbers).tolist() for formula, name in FAMILIES]

@@ -1,0 +1,171 @@
+"""Many measured steps priced at once: each distinct shape one time, so that a fit takes minutes.
+
+A step's time without copies is what `vdnn.sim.run` makes of it, in closed form: with H_i the time at which the host has
+issued op i and D_i the device's work from op i on, the last op ends at the largest H_i + D_i.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vdnn.costs.kernel_times import FAMILIES, Machine
+from vdnn.costs.numbers import CostNumbers
+from vdnn.costs.shapes import AttentionShape, ConvShape, ProductShape, Shapes, StreamShape, shapes_of
+from vdnn.fidelity.rows import KernelRow
+from vdnn.values import Hardware, Trace, hardware
+
+__all__ = ["Kernels", "Shaped", "StepSet", "measured_floor_ns"]
+
+F = npt.NDArray[np.float64]
+I = npt.NDArray[np.int64]
+VIEW, FORWARD, BACKWARD = range(3)
+
+
+@dataclass(frozen=True, slots=True)
+class Shaped:
+    """What a step's cost depends on: its distinct ops as shapes by family, and for each op which, and how issued."""
+
+    ops: list[list[tuple[int, Any]]]
+    of: list[int]
+    host: list[int]
+
+    @staticmethod
+    def of_trace(trace: Trace) -> Shaped:
+        """Of a trace, which is much larger."""
+        shapes = Shapes()
+        parts = shapes_of(trace.ops, trace.channels_last, shapes, {})
+        tables = [list(getattr(shapes, name)) for _, name in FAMILIES]
+        distinct = {op: number for number, op in enumerate(dict.fromkeys(parts))}
+        ops = [[(family, tables[family][number]) for family, number in op] for op in distinct]
+        issued = [VIEW if o.kernel == "view" else BACKWARD if o.phase == "backward" else FORWARD for o in trace.ops]
+        return Shaped(ops, [distinct[op] for op in parts], issued)
+
+    def encoded(self) -> str:
+        """As JSON."""
+        return json.dumps([self.ops, self.of, self.host], separators=(",", ":"))
+
+    @staticmethod
+    def decoded(text: str) -> Shaped:
+        """From JSON."""
+        ops, of, host = json.loads(text)
+        kinds = (ProductShape, ConvShape, AttentionShape, StreamShape)
+        return Shaped([[(family, kinds[family](*shape)) for family, shape in op] for op in ops], of, host)
+
+
+class StepSet:
+    """Steps measured on one GPU; a step is known by its place in the order of `add`."""
+
+    def __init__(self, gpu: str) -> None:
+        self.gpu = gpu
+        self.shapes = Shapes()
+        self.count = 0
+        self._ops: dict[tuple[tuple[int, int], ...], int] = {}  # what ops are made of → number
+        self._of: list[I] = []  # by step: for each op its number
+        self._host: list[I] = []  # by step: for each op how the host issues it
+        self._joined: tuple[I, I, I, I] | None = None
+        self._uses: dict[int, tuple[str, ...]] = {}
+        self._priced: dict[tuple[object, ...], F] = {}
+
+    def add(self, step: Shaped) -> None:
+        """One more step."""
+        families: tuple[dict[Any, int], ...] = tuple(getattr(self.shapes, name) for _, name in FAMILIES)
+        numbers = []
+        for parts in step.ops:
+            op = tuple((family, families[family].setdefault(shape, len(families[family]))) for family, shape in parts)
+            numbers.append(self._ops.setdefault(op, len(self._ops)))
+        self._of.append(np.array(numbers, dtype=np.int64)[np.array(step.of, dtype=np.int64)])
+        self._host.append(np.array(step.host, dtype=np.int64))
+        self.count += 1
+        self._joined = None
+
+    def predicted_ns(self, numbers: CostNumbers) -> F:
+        """Time of each step, in ns."""
+        if not self.count:
+            return np.empty(0)
+        if self._joined is None:
+            begins = np.cumsum([0, *(len(of) for of in self._of[:-1])])
+            sizes = [len(getattr(self.shapes, name)) for _, name in FAMILIES]
+            offsets = np.cumsum([1, *sizes])  # the first price is that of no kernel
+            width = max(map(len, self._ops), default=0)
+            kernels = np.array(
+                [[*(offsets[f] + n for f, n in op), *[0] * (width - len(op))] for op in self._ops], dtype=np.int64
+            )
+            self._joined = np.concatenate(self._of), np.concatenate(self._host), begins, kernels
+        of, host, begins, kernels = self._joined
+        prices = np.concatenate([[0.0], *(self._price(family, numbers) for family in range(len(FAMILIES)))])
+        each = prices[kernels].sum(axis=1)
+        done = np.concatenate(([0.0], np.cumsum(each[of])))  # the device's work before each op, over all steps
+        issue = np.array([numbers.host_view, 1.0, numbers.host_backward]) * hardware(self.gpu).launch_ns
+        issued = np.cumsum(issue[host])
+        ends = np.append(begins[1:], len(of))
+        before = issued[begins] - issue[host[begins]]
+        latest = np.maximum.reduceat(issued - done[:-1], begins) - before + done[ends]
+        found: F = np.maximum(latest, issued[ends - 1] - before)
+        return found
+
+    def _price(self, family: int, numbers: CostNumbers) -> F:
+        """Times of the shapes of a family; kept, since a fit changes one number at a time."""
+        used = self._uses.get(family)
+        if used is not None:
+            key = (family, len(self._ops), *(getattr(numbers, name) for name in used))
+            if key in self._priced:
+                return self._priced[key]
+        formula, name = FAMILIES[family]
+        noted: Any = _Noted(numbers)
+        priced = formula(list(getattr(self.shapes, name)), Machine.of(hardware(self.gpu), noted), noted)
+        used = self._uses[family] = tuple(sorted(noted.asked))
+        if len(self._priced) > 200:
+            self._priced.clear()
+        self._priced[family, len(self._ops), *(getattr(numbers, name) for name in used)] = priced
+        return priced
+
+
+class _Noted:
+    """Numbers that note which of them a formula asks for."""
+
+    def __init__(self, numbers: CostNumbers) -> None:
+        self._numbers = numbers
+        self.asked: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._numbers, name)
+        self.asked.add(name)
+        return found
+
+
+class Kernels:
+    """Measured kernels of one kind on one GPU."""
+
+    def __init__(self, rows: Sequence[KernelRow]) -> None:
+        self.kind, self.gpu = rows[0].kind, rows[0].gpu
+        self.measured_ns = np.array([row.measured_ns for row in rows], dtype=np.float64)
+        self._shapes = [row.shape for row in rows]
+        self._family = {"linear": 0, "bmm": 0, "conv": 1}.get(self.kind, 3)
+
+    def predicted_ns(self, numbers: CostNumbers, floor_ns: float) -> F:
+        """Time of each kernel, measured alone: no less than the host needs to issue it (`measured_floor_ns`)."""
+        # NeuSight ran without TF32
+        machine = hardware_without_tf32(self.gpu)
+        formula = FAMILIES[self._family][0]
+        return np.maximum(formula(self._shapes, Machine.of(machine, numbers), numbers), floor_ns)
+
+
+def hardware_without_tf32(gpu: str) -> Hardware:
+    """The preset, with fp32 products and convolutions on the cores."""
+    machine = hardware(gpu)
+    return replace(machine, peaks=tuple(p for p in machine.peaks if p.dtype != "tf32"))
+
+
+def measured_floor_ns(kernels: Sequence[Kernels]) -> float:
+    """What a kernel measured alone takes at least, on the host of these rows: their fifth percentile.
+
+    A kernel between two events is as long as the host needs to issue it, if that is longer. This is a property of the
+    host and of how was measured, not of the GPU.
+    """
+    return float(np.quantile(np.concatenate([k.measured_ns for k in kernels]), 0.05))
