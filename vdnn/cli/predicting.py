@@ -38,11 +38,14 @@ from vdnn.cli.arguments import (
     trace_of,
     write_value,
 )
+from vdnn.cli.beside import measured_pairs, show_pairs
 from vdnn.errors import InfeasibleError, UsageError
 from vdnn.values import Plan, Trace, hardware
 from vdnn.values import load as load_value
 
 __all__ = ["capture", "compare", "max_batch", "plan", "simulate"]
+
+BAND = 0.1  # of the figure of measured results: what is wished of a prediction of time
 
 
 def capture(
@@ -175,8 +178,8 @@ def simulate(
 
 
 def compare(
-    model: Model,
-    gpu: Gpu,
+    model: Model = "",
+    gpu: Gpu = "",
     policy: Annotated[
         list[str] | None, typer.Option("--policy", "--policies", help="A policy; again for another. Default: all.")
     ] = None,
@@ -193,15 +196,26 @@ def compare(
     host_memory: HostMemory = "",
     no_cache: NoCache = False,
     as_json: Json = False,
+    measured: Annotated[
+        list[Path] | None, typer.Option(help="Measured results beside the predictions: a file or a folder; again.")
+    ] = None,
     figure: Annotated[Path | None, typer.Option(help="Draw the comparison: NAME.png, .svg or .pdf.")] = None,
     force: Force = False,
 ) -> None:
-    """Predict one training step under several policies, from one capture.
+    """Predict one training step under several policies, from one capture; or hold measured results beside predictions.
 
+    Example: vdnn compare --measured results/demo/runs --figure prediction.png
     Example: vdnn compare paper:vgg16 --batch 128 --gpu titan-x --regime paper --policies all --figure vgg16.png
     """
     from vdnn.policies import Options, distinct, find, names
 
+    if figure is not None and figure.exists() and not force:
+        raise UsageError(f"{figure} exists: give another name, or --force to overwrite it")
+    if measured and not model:
+        show_pairs(measured_pairs(measured), as_json, figure, BAND)
+        return
+    if not model or not gpu:
+        raise UsageError("name a MODEL and its --gpu to compare policies, or give --measured results")
     if policy == ["all"]:
         policy = None
     how: dict[str, Any] = {"rules": rules, "regime": regime, "algorithms": algorithms}
@@ -210,8 +224,6 @@ def compare(
     for name in chosen:
         find(name)
     hardware(gpu)
-    if figure is not None and figure.exists() and not force:
-        raise UsageError(f"{figure} exists: give another name, or --force to overwrite it")
     results = []
     seen: dict[str, Trace] = {}
     for name in ["none", *(name for name in chosen if name != "none")]:
@@ -223,6 +235,9 @@ def compare(
             if policy or name == "none":
                 raise
             typer.echo(f"vdnn: left out: {error}", err=True)
+    if measured:
+        show_pairs(measured_pairs(measured, results), as_json, figure, BAND)
+        return
     show_results(results, as_json)
     if figure is not None:
         from vdnn.reporting.plots import policies_figure, save_figure

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from vdnn.reporting.rows import differences, peak_of
-from vdnn.reporting.scale import NOTHING, byte_scale
+from vdnn.reporting.scale import NOTHING, byte_scale, time_scale
 from vdnn.reporting.sheet import Column, Sheet
 from vdnn.units import format_bytes, format_ns
 from vdnn.values import RunResult
@@ -40,13 +40,20 @@ def prediction_table(predicted: RunResult, measured: RunResult, explanations: Ma
 
 
 def predictions_table(pairs: Sequence[tuple[RunResult, RunResult]]) -> Sheet:
-    """Runs in a line each: peak requested memory predicted and measured, what was moved, whether tensors are equal."""
+    """Runs in a line each: peak requested memory and time, predicted and measured, what was moved, equal tensors."""
     results = [r for pair in pairs for r in pair]
     size = byte_scale(peak_of(r, "requested") for r in results)
     moved = byte_scale(r.offloaded_bytes for r in results)
+    clock = time_scale(r.iteration_time_ns for r in results)
+    timed = any(p.iteration_time_ns and m.iteration_time_ns for p, m in pairs)
     rows = []
     for predicted, measured in pairs:
-        peak = next(d for d in differences(predicted, measured) if d.quantity == "peak_requested_bytes")
+        found = {d.quantity: d for d in differences(predicted, measured)}
+        time = found.get("iteration_time_ns")
+        times = (
+            (clock.text(time.predicted), clock.text(time.measured), _percent(time.percent)) if time else (NOTHING,) * 3
+        )
+        peak = found["peak_requested_bytes"]
         rows.append(
             (
                 measured.model,
@@ -55,6 +62,7 @@ def predictions_table(pairs: Sequence[tuple[RunResult, RunResult]]) -> Sheet:
                 size.text(peak.measured),
                 format_bytes(peak.difference) if peak.difference is not None else NOTHING,
                 _percent(peak.percent),
+                *(times if timed else ()),
                 moved.text(predicted.offloaded_bytes),
                 moved.text(measured.offloaded_bytes),
                 {True: "yes", False: "NO", None: NOTHING}[measured.exact],
@@ -68,6 +76,8 @@ def predictions_table(pairs: Sequence[tuple[RunResult, RunResult]]) -> Sheet:
         Column(f"peak\nmeasured\n[{size.unit}]"),
         Column("difference\n\n"),
         Column("\n\n[%]"),
+        *(Column(f"time\n{what}\n[{clock.unit}]") for what in ("predicted", "measured") if timed),
+        *([Column("\n\n[%]")] if timed else []),
         Column(f"offloaded\npredicted\n[{moved.unit}]"),
         Column(f"offloaded\nmeasured\n[{moved.unit}]"),
         Column("tensors\nequal\n"),
