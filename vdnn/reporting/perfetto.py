@@ -3,22 +3,27 @@
 One track a stream, one for stalls, counters for device and host memory by category. Times are microseconds, as
 the format has them, with the nanoseconds behind the point.
 
-Source: "Trace Event Format", the JSON object form.
+HolisticTraceAnalysis reads it as it reads PyTorch's profiler: what runs on the device is a `kernel` or a `gpu_memcpy`
+on a stream, with the number of the `cudaLaunchKernel` or `cudaMemcpyAsync` that issued it, in a `ProfilerStep`.
+
+Source: "Trace Event Format", the JSON object form; torch's profiler for the names.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vdnn.errors import UsageError
-from vdnn.values import STREAMS, RunResult
+from vdnn.values import STREAMS, RunResult, Span
 
 __all__ = ["trace_events", "write_perfetto"]
 
 _PROCESS = 1
 _STALLS = len(STREAMS) + 1
+_COPIES = {"offload": "Memcpy DtoH", "prefetch": "Memcpy HtoD"}  # as the profiler names them
 
 
 def trace_events(result: RunResult) -> list[dict[str, Any]]:
@@ -36,9 +41,21 @@ def trace_events(result: RunResult) -> list[dict[str, Any]]:
     found += [_name("thread_name", number, stream) for stream, number in tracks.items()]
     found.append(_name("thread_name", _STALLS, "stalls"))
     timed: list[dict[str, Any]] = []
-    for span in timeline.spans:
-        event = _span(tracks[span.stream], span.what, span.phase, span.start_ns, span.end_ns)
-        event["args"] = {"bytes": span.nbytes}
+    if timeline.spans:
+        end = max(span.end_ns for span in timeline.spans)
+        timed.append(_span(tracks["host"], "ProfilerStep#0", "user_annotation", 0, end))
+    calls = _calls(timeline.spans)
+    for number, span in enumerate(timeline.spans):
+        device = span.stream != "host"
+        kind = ("kernel" if span.stream == "compute" else "gpu_memcpy") if device else "cpu_op"
+        name = f"{_COPIES[span.stream]} {span.what}" if span.stream in _COPIES else span.what
+        event = _span(tracks[span.stream], name, kind, span.start_ns, span.end_ns)
+        event["args"] = {"bytes": span.nbytes, "phase": span.phase}
+        if device:
+            event["args"] |= {"device": 0, "stream": tracks[span.stream], "correlation": number}
+            at = calls.get(number, (span.start_ns, span.start_ns))
+            call = "cudaLaunchKernel" if span.stream == "compute" else "cudaMemcpyAsync"
+            timed.append(_span(tracks["host"], call, "cuda_runtime", *at) | {"args": {"correlation": number}})
         timed.append(event)
     for stall in timeline.stalls:
         what = f"{stall.cause}: {stall.what}" if stall.what else stall.cause
@@ -51,6 +68,18 @@ def trace_events(result: RunResult) -> list[dict[str, Any]]:
         timed.append(_counter(event_of.where, event_of.time_ns, level))
     timed.sort(key=lambda event: event["ts"])
     return found + timed
+
+
+def _calls(spans: Sequence[Span]) -> dict[int, tuple[int, int]]:
+    """Where the host issued each span of the compute stream: both are in program order, and a view has no kernel."""
+    found = {}
+    host = iter([span for span in spans if span.stream == "host"])
+    for number, span in enumerate(spans):
+        if span.stream == "compute":
+            issued = next((h for h in host if (h.what, h.phase) == (span.what, span.phase)), None)
+            if issued is not None:
+                found[number] = issued.start_ns, issued.end_ns
+    return found
 
 
 def write_perfetto(result: RunResult, path: str | Path) -> Path:

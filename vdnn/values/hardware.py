@@ -171,8 +171,11 @@ def _from_toml(data: dict[str, Any], name: str) -> Hardware:
     if not isinstance(timings, list) or not all(isinstance(t, list) and len(t) == 4 for t in timings):
         raise FormatError(f"{name}: timings must be a list of [op, dtype, [sizes], ns]")
     plain["timings"] = [dict(zip(("op", "dtype", "sizes", "ns"), t, strict=True)) for t in timings]
-    machine = decode(Hardware, plain)
-    machine.check()
+    try:
+        machine = decode(Hardware, plain)
+        machine.check()
+    except FormatError as error:
+        raise FormatError(f"{name}: {error}; `vdnn list gpus` and the presets show what a machine has") from None
     return machine
 
 
