@@ -13,9 +13,11 @@ cannot be captured is offloaded by rule.
 from __future__ import annotations
 
 import logging
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from types import FrameType
 from typing import Any
 
 import torch
@@ -145,6 +147,14 @@ class Decider:
             plan, recompute = self._least_time(trace, lambda: self._recomputing(model, args, kwargs, trace))
         if not recompute:
             plan = replace(plan, notes=(*plan.notes, *remarks(trace, plan)))
+        if plan.offloaded_bytes and _runs_compiled(model):
+            log.warning(
+                "vdnn: %s runs as compiled code, which saves tensors of its own that no plan names: it is offloaded by "
+                "rule instead of by the plan of %s",
+                trace.model,
+                plan.policy,
+            )
+            return _Decision(Schedule(None, rule_for(plan.policy, self.options)), recompute)
         plan = self._with_cudnn(model, plan)
         _say(plan)
         return _Decision(Schedule(plan), recompute)
@@ -225,6 +235,21 @@ class Decider:
         if other is not None:
             return _named(other, _least(other, self.machine, self.options), "nothing fits"), True
         return _least(trace, self.machine, self.options), False
+
+
+def _runs_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile has the model, or a part of it, in the call that is under way."""
+    from torch._dynamo import OptimizedModule
+
+    if any(isinstance(part, OptimizedModule) or getattr(part, "_compiled_call_impl", None) for part in model.modules()):
+        return True
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, OptimizedModule) and caller._orig_mod is model:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _say(plan: Plan) -> None:

@@ -202,3 +202,11 @@ def test_where_the_budget_has_no_room_for_all_of_it_the_rest_stays_on_the_device
     assert counts.host_full > 0
     assert counts.offloaded_storages > 0
     assert device.host_bytes().reserved_bytes <= 5 * 256 * 64 * 4
+
+
+def test_host_memory_is_the_hosts_whatever_the_default_device_is() -> None:
+    """Under `torch.set_default_device` blocks lay where new tensors do: on the device that was to be relieved."""
+    with torch.device("meta"):
+        block = HostPool(None).take(100)
+    assert block is not None
+    assert block.data.device.type == "cpu"

@@ -134,7 +134,7 @@ class HostPool:
                 return None
         try:
             with _disable_current_modes():  # host memory is not the device's: no account may see it
-                data = torch.empty(size, dtype=torch.uint8)
+                data = torch.empty(size, dtype=torch.uint8, device="cpu")  # whatever the default device is
         except (MemoryError, RuntimeError) as error:  # torch's own allocator raises the latter
             self._warn(
                 f"the host has no room for {format_bytes(size)} more ({format_bytes(self.reserved_bytes)} are "

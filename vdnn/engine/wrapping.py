@@ -69,7 +69,8 @@ class Engine:
     def __init__(self, model: nn.Module, device: Device, schedule_for: ScheduleFor) -> None:
         self.offloader = Offloader(device)
         self.last: Schedule | None = None
-        self._schedule_for = schedule_for
+        # torch.compile around the model runs its hooks; what is decided there may capture, which must not be compiled
+        self._schedule_for = torch.compiler.disable(schedule_for)
         self._deciding = False
         self._next: Schedule | None = None
         self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None

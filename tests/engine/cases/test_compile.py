@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import vdnn
 from tests.engine.cases.conftest import Ground, equal
-from vdnn.engine import engine_of
+from vdnn.engine import VirtualDevice, engine_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 
@@ -75,4 +76,35 @@ def test_compiled_code_is_not_shared_with_models_that_are_not_wrapped(ruled: Gro
     counts = engine_of(ours).offloader.counts
     assert counts.passes == 1
     assert counts.offloaded_bytes > 0
+    torch._dynamo.reset()
+
+
+@pytest.mark.case(58)
+@pytest.mark.parametrize("where", ["around the wrapped model", "inside, in place", "inside, a part"])
+def test_a_compiled_model_with_a_policy_is_offloaded_by_rule_and_says_so(
+    where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first call failed (a capture inside the compiled region), or the plan moved nothing and nobody said so."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    plain = network()
+    ours, x = copy.deepcopy(plain), torch.randn(64, 32)
+    run: nn.Module = ours
+    if where == "around the wrapped model":
+        expected = gradients(torch.compile(plain, backend="aot_eager"), plain, x)
+        run = torch.compile(ours, backend="aot_eager")
+    elif where == "inside, in place":
+        plain.compile(backend="aot_eager")
+        ours.compile(backend="aot_eager")
+        expected = gradients(plain, plain, x)
+    else:
+        plain[3].compile(backend="aot_eager")
+        ours[3].compile(backend="aot_eager")
+        expected = gradients(plain, plain, x)
+    vdnn.wrap(ours, policy="vdnn-all", device=VirtualDevice(seed=1), min_bytes=1)
+    for _ in range(2):
+        assert equal(gradients(run, ours, x), expected)
+    assert vdnn.report(ours).offloaded_bytes > 0
+    assert "runs as compiled code" in caplog.text
+    vdnn.unwrap(ours)
     torch._dynamo.reset()

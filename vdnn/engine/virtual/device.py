@@ -179,7 +179,7 @@ class VirtualDevice:
         with self._lock:
             stream = stream or self.current_stream()
             if form is None or like is None:
-                data = torch.full((nbytes,), POISON, dtype=torch.uint8)
+                data = torch.full((nbytes,), POISON, dtype=torch.uint8, device="cpu")
             else:
                 data = like.new_empty_strided(form.shape, form.stride)
                 byte_view(data, 0, nbytes).fill_(POISON)
