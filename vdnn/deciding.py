@@ -2,9 +2,9 @@
 
     a plan given        that plan, always
     a policy given      what the policy says of the step that is captured
-    a budget            the plan that fits into it and takes the least time
-    neither             the same, with the memory there is: nothing moves if the step fits; else what takes the
-                        least time of offload alone, and of recomputing the repeated blocks with or without it
+    a budget            the plan that fits into it and takes the least time: nothing moves if the step fits; else
+                        decided by storage, or the repeated blocks recomputed with or without offload
+    neither             the same, with the memory there is
 
 A loss outside the model is taken for a cross entropy of the outputs; what it saves stays where it is. A model that
 cannot be captured is offloaded by rule.
@@ -112,7 +112,7 @@ class Decider:
     @property
     def _free(self) -> bool:
         """Whether it is the decider's to say what is recomputed."""
-        return not self.policy and self.budget_bytes is None
+        return not self.policy
 
     def _key(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         shapes = [
@@ -141,8 +141,6 @@ class Decider:
             plan = budgeted_plan(self.policy, trace, self.machine, options)
         elif self.policy:
             plan = decide(self.policy, trace, self.machine, self.options)
-        elif self.budget_bytes is not None:
-            plan = plan_for_budget(trace, self.machine, self.budget_bytes, self.options)
         else:
             plan, recompute = self._least_time(trace, lambda: self._recomputing(model, args, kwargs, trace))
         if not recompute:
@@ -205,8 +203,8 @@ class Decider:
         return self.machine.memory_bytes
 
     def _least_time(self, trace: Trace, recomputing: Callable[[], Trace | None]) -> tuple[Plan, bool]:
-        """The plan for the memory there is, and whether it is one for recomputed blocks."""
-        there = self._there()
+        """The plan for the budget or the memory there is, and whether it is one for recomputed blocks."""
+        there = self._there() if self.budget_bytes is None else self.budget_bytes
         impossible: InfeasibleError | None = None
         kept: Plan | None = None
         try:
@@ -231,6 +229,8 @@ class Decider:
                 ), True
         if kept is not None:
             return kept, False
+        if self.budget_bytes is not None and impossible is not None:
+            raise impossible
         log.warning("vdnn: %s; going on with the plan that needs the least memory", impossible)
         if other is not None:
             return _named(other, _least(other, self.machine, self.options), "nothing fits"), True

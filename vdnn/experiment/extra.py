@@ -18,6 +18,8 @@ from vdnn import api, trace_cache
 from vdnn.costs import op_times
 from vdnn.encoding import planned
 from vdnn.experiment.cpu import Cpu, CpuModel, files_of, machine_file, measure_machine, run_model
+from vdnn.errors import UsageError
+from vdnn.experiment.frontier import Frontier, frontier_of
 from vdnn.experiment.spec import Experiment, NodeSweep, Sweep
 from vdnn.moments import resolve
 from vdnn.policies import model_options
@@ -27,7 +29,7 @@ from vdnn.reproduction.numbers import MACHINE
 from vdnn.sim.run import run
 from vdnn.values import Trace, hardware, save
 
-__all__ = ["Extra", "extras_of", "node_file", "sweep_file"]
+__all__ = ["Extra", "extras_of", "frontier_file", "node_file", "sweep_file"]
 
 STALLS = ("VGG-16(64)", "vdnn-all-p")  # what Fig. 9 is drawn of
 
@@ -52,6 +54,11 @@ def extras_of(experiment: Experiment, folder: Path) -> list[Extra]:
             for precision in sweep.precisions:
                 path = sweep_file(folder, model[0], model[1], precision)
                 found.append(Extra(f"{model[0]} {precision}", path, _sweep(sweep, model, precision, path)))
+    for frontier in experiment.frontiers:
+        for model in frontier.models:
+            for gpu in frontier.gpus:
+                path = frontier_file(folder, frontier, model[0], model[1], gpu)
+                found.append(Extra(f"{model[0]} on {gpu}", path, _frontier(frontier, model, gpu, path)))
     for nodes in experiment.nodes:
         for model in nodes.models:
             for gpu in nodes.gpus:
@@ -79,6 +86,11 @@ def node_file(folder: Path, nodes: NodeSweep, model: str, batch: int, gpu: str) 
     return folder / "runs" / f"node-{model.replace(':', '-')}-{batch}-{nodes.ranks}x{gpu}-{nodes.precision}.json"
 
 
+def frontier_file(folder: Path, frontier: Frontier, model: str, batch: int, gpu: str) -> Path:
+    """Where the plans of one model on one GPU are."""
+    return folder / "runs" / f"frontier-{model.replace(':', '-')}-{batch}-{gpu}-{frontier.precision}.json"
+
+
 def sweep_file(folder: Path, model: str, batch: int, precision: str) -> Path:
     """Where the slowdowns of one model are."""
     return folder / "runs" / f"link-{model.replace(':', '-')}-{batch}-{precision}.json"
@@ -100,6 +112,31 @@ def _keep(path: Path, data: dict[str, Any]) -> None:
     part = path.with_suffix(".part")
     part.write_text(json.dumps({"provenance": made, **data}, indent=1) + "\n")
     part.replace(path)
+
+
+def _frontier(
+    frontier: Frontier, model: tuple[str, int, tuple[tuple[str, Any], ...]], gpu: str, path: Path
+) -> Callable[[Callable[[str], None]], None]:
+    def work(progress: Callable[[str], None]) -> None:
+        name, batch, options = model
+        progress(f"capture {name}")
+        trace = _trace(name, batch, dict(options), frontier.precision, frontier.optimizer)
+        try:
+            again = {**dict(options), **model_options("checkpoint")}
+            blocks: Trace | None = _trace(name, batch, again, frontier.precision, frontier.optimizer)
+        except UsageError:
+            blocks = None  # no repeated blocks
+        numbers = frontier_of(
+            trace,
+            blocks,
+            hardware(gpu),
+            frontier.percents,
+            frontier.policies,
+            lambda what: progress(f"{name} {gpu} {what}"),
+        )
+        _keep(path, {"model": name, "batch": batch, "precision": frontier.precision, "gpu": gpu, **numbers})
+
+    return work
 
 
 def _network(name: str, path: Path) -> Callable[[Callable[[str], None]], None]:

@@ -16,6 +16,7 @@ from vdnn.errors import EngineError, UsageError
 from vdnn.experiment.bandwidth import draw_sweep
 from vdnn.experiment.cpu import draw_cpu
 from vdnn.experiment.extra import extras_of
+from vdnn.experiment.frontier_page import draw_frontier
 from vdnn.experiment.node import draw_node
 from vdnn.experiment.runner import Files
 from vdnn.experiment.spec import Case, Experiment, Figure, Section
@@ -55,6 +56,8 @@ def write_page(experiment: Experiment, folder: Path) -> str:
         lines += [f"![{figure.caption or figure.kind}]({figure.file})", "", *_paragraph(figure.caption)]
     for sweep in experiment.sweeps:
         lines += draw_sweep(sweep, folder)
+    for frontier in experiment.frontiers:
+        lines += draw_frontier(frontier, folder)
     for nodes in experiment.nodes:
         lines += draw_node(nodes, folder)
     if experiment.cpu is not None:

@@ -35,6 +35,7 @@ from typing import Any, Literal
 
 from vdnn.errors import FormatError, UsageError, unknown_name
 from vdnn.experiment.cpu import CPU_KEYS, Cpu, read_cpu
+from vdnn.experiment.frontier import FRONTIER, Frontier
 from vdnn.policies import Options, find, must_run
 from vdnn.reporting import result_row
 from vdnn.units import parse_size
@@ -160,6 +161,7 @@ class Experiment:
     sweeps: tuple[Sweep, ...] = ()
     nodes: tuple[NodeSweep, ...] = ()
     cpu: Cpu | None = None
+    frontiers: tuple[Frontier, ...] = ()
 
     @property
     def cases(self) -> tuple[Case, ...]:
@@ -195,6 +197,7 @@ _FILE: dict[str, tuple[Any, Any]] = {
     "bandwidth": (list, []),
     "cpu": (dict, {}),
     "node": (list, []),
+    "frontier": (list, []),
 }
 _SWEEP: dict[str, tuple[Any, Any]] = {
     "title": (str, ...),
@@ -248,11 +251,12 @@ def read_experiment(path: Path) -> Experiment:
     nodes = tuple(_node_sweep(table, f"{path}, [[node]] {n + 1}") for n, table in enumerate(top["node"]))
     where = f"{path}, [cpu]"
     cpu = read_cpu(_checked(top["cpu"], CPU_KEYS, where), where, _check_step) if "cpu" in data else None
-    if not (sections or networks or sweeps or nodes or cpu):
+    frontiers = tuple(_frontier(table, f"{path}, [[frontier]] {n + 1}") for n, table in enumerate(top["frontier"]))
+    if not (sections or networks or sweeps or nodes or cpu or frontiers):
         raise FormatError(f"{path} runs nothing: it needs a [[simulate]], a [[run]], a [reproduction] or a [cpu] table")
     figures = tuple(_figure(table, f"{path}, [[figure]] {n + 1}") for n, table in enumerate(top["figure"]))
     heading = (path.stem, str(path), top["title"], top["text"])
-    made = Experiment(*heading, tuple(sections), figures, networks, sweeps, nodes, cpu)
+    made = Experiment(*heading, tuple(sections), figures, networks, sweeps, nodes, cpu, frontiers)
     for figure in figures:
         if not any(figure.shows_case(case) for case in made.cases):
             chosen = ", ".join(f"{name}={value}" for name, value in figure.select)
@@ -381,6 +385,20 @@ def _node_sweep(table: Any, where: str) -> NodeSweep:
     made = NodeSweep(**{**read, **tuples, "models": _models(read, [read["precision"]], where)})
     for count in made.per_link:
         made.node(count).check()
+    return made
+
+
+def _frontier(table: Any, where: str) -> Frontier:
+    read = _checked(table, FRONTIER, where)
+    for policy in read["policies"]:
+        find(str(policy))
+    if not all(isinstance(percent, int) and 0 <= percent <= 100 for percent in read["percents"]):
+        raise FormatError(f"{where}: percents is {read['percents']!r}, it must hold numbers from 0 to 100")
+    tuples: dict[str, Any] = {name: tuple(read[name]) for name in ("gpus", "policies", "percents", "shown")}
+    made = Frontier(**{**read, **tuples, "models": _models(read, [read["precision"]], where)})
+    for name in made.shown:
+        if name not in {model for model, _, _ in made.models}:
+            raise UsageError(f"{where}: {name} is to be shown, but is none of the models")
     return made
 
 

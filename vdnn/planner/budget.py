@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from vdnn.chains import action_of
+from vdnn.costs import times_with
 from vdnn.errors import InfeasibleError, UsageError
 from vdnn.moments import Points
 from vdnn.planner.bound import Bound, time_bound
 from vdnn.planner.search import Found, Search
-from vdnn.policies import Options, decide
+from vdnn.policies import Options, decide, recomputed_blocks
 from vdnn.policies.plans import make_plan
 from vdnn.sim import simulate_step
 from vdnn.sim.allocator_step import step_memory
@@ -31,7 +32,7 @@ from vdnn.values.trace import Trace
 __all__ = ["Planned", "best_plan", "least_plan", "plan_for_budget"]
 
 # Policies that are candidates, too; all that the engine executes on the step as it is.
-_CANDIDATES = ("vdnn-all", "vdnn-conv", "vdnn-dyn", "recompute", "recompute-offload")
+_CANDIDATES = ("vdnn-all", "vdnn-conv", "vdnn-dyn", "recompute", "recompute-offload", "checkpoint-offload")
 # Ops that may be simulated in local search, and how many starts are looked at with the allocator's model.
 _WORK = 500_000
 _STARTS = 3
@@ -41,8 +42,9 @@ _SMALL = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A plan with what the simulator says of it, the bound, and the step without a plan."""
+    """A plan of a step with what the simulator says of it, the bound, and the step without a plan."""
 
+    trace: Trace
     plan: Plan
     result: RunResult
     bound: Bound
@@ -65,11 +67,19 @@ def plan_for_budget(trace: Trace, hardware: Hardware, budget_bytes: int, options
 
 
 def best_plan(
-    trace: Trace, hardware: Hardware, budget_bytes: int, options: Options | None = None, *, seconds: float = 10.0
+    trace: Trace,
+    hardware: Hardware,
+    budget_bytes: int,
+    options: Options | None = None,
+    *,
+    blocks: Trace | None = None,
+    seconds: float = 10.0,
 ) -> Planned:
     """The same, with its prediction and the bound.
 
     Args:
+        blocks: the same step with the model's repeated blocks recomputed (`checkpoint=blocks`), if that may be
+            chosen, too; the result says of which step the plan is.
         seconds: that the solver may take for each of its programs; without its answers heuristics decide, and the
             plan's notes say so.
 
@@ -82,35 +92,55 @@ def best_plan(
     options = options or Options()
     options.check()
     hardware.check()
-
-    def judged(plan: Plan) -> tuple[Plan, RunResult]:
-        return plan, simulate_step(trace, plan, hardware, memory_limit=budget_bytes)
-
-    none, without = judged(decide("none", trace, hardware, options))
+    without = simulate_step(trace, None, hardware, memory_limit=budget_bytes)
     if without.fits:
         note = f"the step fits into {format_bytes(budget_bytes)} without offload ({_peak(without)})"
-        plan = replace(none, policy="budget", budget_bytes=budget_bytes, notes=(note,))
+        plan = replace(decide("none", trace, hardware, options), policy="budget", budget_bytes=budget_bytes)
+        plan = replace(plan, notes=(note,))
         bound = Bound(without.iteration_time_ns or 0, "the step fits as it is", True, {}, {})
-        return Planned(plan, replace(without, policy="budget", plan=plan.fingerprint()), bound, without)
+        return Planned(trace, plan, replace(without, policy="budget", plan=plan.fingerprint()), bound, without)
+    op_ns = times_with(trace, hardware, {}, "")
+    bound = time_bound(trace, hardware, op_ns, budget_bytes, seconds=seconds)
+    found: list[tuple[Trace, Plan, RunResult]] = []
+    for step in (trace, blocks):
+        if step is not None:
+            gave_up, pair = _best_of(step, hardware, budget_bytes, options, seconds)
+            if pair is not None:
+                found.append((step, *pair))
+    if not found:
+        raise _impossible(trace if blocks is None else blocks, hardware, budget_bytes, options)
+    step, plan, result = min(found, key=lambda one: (one[2].iteration_time_ns or 0, one[1].offloaded_bytes))
+    notes = [_what(step, plan, result, without, budget_bytes), _how_good(result, bound)]
+    if gave_up or not bound.solved:
+        notes.append(f"the solver gave up after {seconds:g} s: decided by heuristics alone, and the bound is weak")
+    plan = replace(plan, policy="budget", budget_bytes=budget_bytes, notes=tuple(notes))
+    result = replace(result, policy="budget", plan=plan.fingerprint(), notes=plan.notes)
+    return Planned(step, plan, result, bound, without)
+
+
+def _best_of(
+    trace: Trace, hardware: Hardware, budget: int, options: Options, seconds: float
+) -> tuple[bool, tuple[Plan, RunResult] | None]:
+    """The fastest plan found for one step, if any fits; and whether the solver gave up."""
+
+    def judged(plan: Plan) -> tuple[Plan, RunResult]:
+        return plan, simulate_step(trace, plan, hardware, memory_limit=budget)
+
+    none = judged(decide("none", trace, hardware, options))
+    if none[1].fits:
+        return False, none
     search = Search(trace, hardware, options)
-    bound = time_bound(trace, hardware, search.op_ns, budget_bytes, seconds=seconds)
-    fitting = [pair for pair in map(judged, _candidates(trace, hardware, options, budget_bytes)) if pair[1].fits]
-    for plan in _searched(search, budget_bytes, seconds):
+    fitting = [pair for pair in map(judged, _candidates(trace, hardware, options, budget)) if pair[1].fits]
+    for plan in _searched(search, budget, seconds):
         pair = judged(plan)
         if pair[1].fits:
             fitting.append(pair)
             break
     if not fitting:
         search = Search(trace, hardware, replace(options, min_bytes=min(options.min_bytes, _SMALL)))
-        fitting = [pair for pair in map(judged, _searched(search, budget_bytes, seconds)) if pair[1].fits][:1]
-    if not fitting:
-        raise _impossible(trace, hardware, budget_bytes, options)
-    plan, result = min(fitting, key=lambda pair: (pair[1].iteration_time_ns or 0, pair[0].offloaded_bytes))
-    notes = [_what(plan, result, without, budget_bytes), _how_good(result, bound)]
-    if search.gave_up or not bound.solved:
-        notes.append(f"the solver gave up after {seconds:g} s: decided by heuristics alone, and the bound is weak")
-    plan = replace(plan, policy="budget", budget_bytes=budget_bytes, notes=tuple(notes))
-    return Planned(plan, replace(result, policy="budget", plan=plan.fingerprint(), notes=plan.notes), bound, without)
+        fitting = [pair for pair in map(judged, _searched(search, budget, seconds)) if pair[1].fits][:1]
+    best = min(fitting, key=lambda pair: (pair[1].iteration_time_ns or 0, pair[0].offloaded_bytes), default=None)
+    return search.gave_up > 0, best
 
 
 def _candidates(trace: Trace, hardware: Hardware, options: Options, budget: int) -> Iterator[Plan]:
@@ -156,10 +186,11 @@ def _why_again(search: Search, storage: int) -> str:
 # -- words -----------------------------------------------------------------------------------------
 
 
-def _what(plan: Plan, result: RunResult, without: RunResult, budget: int) -> str:
+def _what(trace: Trace, plan: Plan, result: RunResult, without: RunResult, budget: int) -> str:
     moved = [entry for entry in plan.entries if isinstance(entry.action, Offload)]
     again = [entry for entry in plan.entries if isinstance(entry.action, Recompute)]
-    parts = []
+    blocks = recomputed_blocks(trace)
+    parts = [f"recomputes {len(blocks)} blocks"] if blocks else []
     if moved:
         parts.append(
             f"offloads {len(moved)} of {len(plan.entries)} saved storages, {format_bytes(plan.offloaded_bytes)}"
@@ -168,7 +199,7 @@ def _what(plan: Plan, result: RunResult, without: RunResult, budget: int) -> str
         nbytes = sum(entry.storage_bytes for entry in again)
         parts.append(f"computes {len(again)} again, {format_bytes(nbytes)}")
     return (
-        f"{' and '.join(parts)}, to fit into {format_bytes(budget)}: predicted {_peak(result)}, "
+        f"{', '.join(parts) or 'keeps everything'}, to fit into {format_bytes(budget)}: predicted {_peak(result)}, "
         f"{(result.iteration_time_ns or 0) / max(without.iteration_time_ns or 1, 1):.2f} times the time"
     )
 
@@ -207,8 +238,8 @@ def least_plan(trace: Trace, hardware: Hardware, options: Options | None = None)
     plan = replace(plan, budget_bytes=budget, notes=("needs the least memory: everything goes at once",))
     result = simulate_step(trace, plan, hardware, memory_limit=budget)
     without = simulate_step(trace, None, hardware)
-    bound = Bound(without.iteration_time_ns or 0, "the step without a plan", False, {}, {})
-    return Planned(plan, result, bound, without)
+    bound = Bound(without.iteration_time_ns or 0, "the step without a plan", True, {}, {})
+    return Planned(trace, plan, result, bound, without)
 
 
 def _least_capacity(step: Trace, found: Found) -> int:

@@ -1,0 +1,145 @@
+"""Plans for budgets beside the policies and the bound: the numbers of one model on one GPU.
+
+    least      the least budget that the planner knows a plan for; of each policy, the least memory that it runs in
+    baseline   reserved bytes of the step without a plan
+    budgets    least + percent of (baseline - least): the plan, the bound, and each policy where it fits
+
+A policy that is asked for a budget (vdnn-dyn, capuchin) is asked for this one. Those whose recomputation the engine
+does not execute are marked `simulated_only`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vdnn.costs import times_with
+from vdnn.errors import InfeasibleError, UsageError
+from vdnn.planner import BUDGETED, best_plan, budgeted_plan, least_memory, least_plan, time_bound
+from vdnn.policies import Options, decide
+from vdnn.policies import model_options as options_of
+from vdnn.sim import simulate_step
+from vdnn.values import Hardware, Plan, Recompute, RunResult, Trace
+
+__all__ = ["FRONTIER", "Frontier", "frontier_of"]
+
+_UNBOUNDED = 1 << 60
+# The keys of its table in an experiment: type, default (... where there is none).
+FRONTIER: dict[str, tuple[Any, Any]] = {
+    "title": (str, ...),
+    "text": (str, ""),
+    "file": (str, ...),
+    "caption": (str, ""),
+    "models": (list, ...),
+    "gpus": (list, ...),
+    "precision": (str, "amp"),
+    "policies": (list, ...),
+    "optimizer": (str, "none"),
+    "percents": (list, ...),
+    "shown": (list, []),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Frontier:
+    """Plans for budgets beside the policies: `percents` are of the way from the least budget to the step's own."""
+
+    title: str
+    text: str
+    file: str
+    caption: str
+    models: tuple[tuple[str, int, tuple[tuple[str, Any], ...]], ...]
+    gpus: tuple[str, ...]
+    precision: str
+    policies: tuple[str, ...]
+    optimizer: str
+    percents: tuple[int, ...]
+    shown: tuple[str, ...]
+
+
+def frontier_of(
+    trace: Trace,
+    blocks: Trace | None,
+    machine: Hardware,
+    percents: Sequence[int],
+    policies: Sequence[str],
+    progress: Callable[[str], None],
+) -> dict[str, Any]:
+    """Everything about one model on one GPU; `blocks` is its step with the repeated blocks recomputed."""
+    without = simulate_step(trace, None, machine, memory_limit=_UNBOUNDED)
+    baseline = without.peak_reserved_bytes or 0
+    steps = [step for step in (trace, blocks) if step is not None]
+    least = min(least_plan(step, machine).plan.budget_bytes or 0 for step in steps)
+    fixed: dict[str, tuple[Trace, Plan, RunResult]] = {}
+    for name in policies:
+        step = blocks if "checkpoint" in options_of(name) else trace
+        if step is None or name in BUDGETED:
+            continue
+        progress(name)
+        try:
+            plan = decide(name, step, machine, Options())
+        except UsageError:
+            continue
+        fixed[name] = (step, plan, simulate_step(step, plan, machine, memory_limit=_UNBOUNDED))
+    found: dict[str, Any] = {
+        "ops": len(trace.ops),
+        "saved": len({t.storage for t in trace.saved}),
+        "time_ns": without.iteration_time_ns,
+        "baseline_bytes": baseline,
+        "least_bytes": least,
+        "requested_bound_bytes": least_memory(trace),
+        "policies": {name: _policy(*fixed[name], machine) for name in fixed},
+        "budgets": {},
+    }
+    for percent in percents:
+        budget = least + (baseline - least) * percent // 100
+        progress(f"{percent} %")
+        begin = time.process_time()
+        planned = best_plan(trace, machine, budget, blocks=blocks)
+        seconds = time.process_time() - begin
+        others = {}
+        for name, (step, plan, free) in fixed.items():
+            result = simulate_step(step, plan, machine, memory_limit=budget)
+            if result.fits:
+                others[name] = free.iteration_time_ns
+        for name in (name for name in policies if name in BUDGETED):
+            try:
+                plan = budgeted_plan(name, trace, machine, replace(Options(), budget_bytes=budget))
+            except InfeasibleError:
+                continue
+            result = simulate_step(trace, plan, machine, memory_limit=budget)
+            if result.fits:
+                others[name] = result.iteration_time_ns
+        found["budgets"][str(percent)] = {
+            "budget_bytes": budget,
+            "time_ns": planned.result.iteration_time_ns,
+            "bound_ns": planned.bound.time_ns,
+            "why": planned.bound.why,
+            "peak_reserved_bytes": planned.result.peak_reserved_bytes,
+            "peak_requested_bytes": planned.result.peak_requested_bytes,
+            "offloaded_bytes": planned.result.offloaded_bytes,
+            "recomputed_bytes": sum(e.storage_bytes for e in planned.plan.entries if isinstance(e.action, Recompute)),
+            "blocks": planned.trace is blocks,
+            "cpu_seconds": round(seconds, 2),
+            # the bound if the plan's own requested peak were the budget: what is lost to the allocator's fragments
+            "bound_at_requested_ns": time_bound(
+                trace, machine, times_with(trace, machine, {}, ""), planned.result.peak_requested_bytes or 1
+            ).time_ns,
+            "policies": others,
+        }
+    return found
+
+
+def _policy(step: Trace, plan: Plan, free: RunResult, machine: Hardware) -> dict[str, Any]:
+    """A policy's time, and the least memory that it runs in, to a 256th."""
+    low, high = (free.peak_requested_bytes or 1) - 1, free.peak_reserved_bytes or 1
+    while high - low > max(high >> 8, 1 << 20):
+        middle = (low + high) // 2
+        if simulate_step(step, plan, machine, memory_limit=middle).fits:
+            high = middle
+        else:
+            low = middle
+    alone = any(isinstance(e.action, Recompute) and not e.action.through for e in plan.entries)
+    return {"time_ns": free.iteration_time_ns, "least_bytes": high, "simulated_only": alone}

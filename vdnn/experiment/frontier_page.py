@@ -1,0 +1,158 @@
+"""Plans for budgets as tables and figures: how far from the bound, beside the policies, and how long it takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from vdnn.experiment.extra import frontier_file
+from vdnn.experiment.frontier import Frontier
+from vdnn.reporting.sheet import Column, Sheet, as_text
+
+__all__ = ["draw_frontier"]
+
+WIDTH = 150
+_GIB = 2**30
+_WORSE = 0.2  # a gap beyond this is explained
+
+
+def draw_frontier(frontier: Frontier, folder: Path) -> list[str]:
+    """Draw the figures; the page's lines about them. Models that have not run yet are left out, and counted."""
+    from vdnn.reporting.plots import growth_figure, pareto_figure, save_figure
+
+    data: dict[tuple[str, str], Any] = {}
+    missing = 0
+    for model, batch, _ in frontier.models:
+        for gpu in frontier.gpus:
+            path = frontier_file(folder, frontier, model, batch, gpu)
+            if path.exists():
+                data[f"{model.partition(':')[2]} ({batch})", gpu] = json.loads(path.read_text())
+            else:
+                missing += 1
+    lines = [f"## {frontier.title}", "", *([frontier.text.strip(), ""] if frontier.text.strip() else [])]
+    if missing:
+        lines += [f"{missing} of {missing + len(data)} pairs of model and GPU have not run yet.", ""]
+    if not data:
+        return lines
+    path = Path(frontier.file)
+    shown = {key: d for key, d in data.items() if not frontier.shown or d["model"] in frontier.shown}
+    save_figure(pareto_figure([(f"{name}, {gpu}", d) for (name, gpu), d in shown.items()]), folder / path.name)
+    lines += [f"![{frontier.caption}]({path.name})", "", frontier.caption, ""]
+    growth = f"{path.stem}-time{path.suffix}"
+    points = [(d["ops"], b["cpu_seconds"]) for d in data.values() for b in d["budgets"].values()]
+    save_figure(growth_figure(points), folder / growth)
+    lines += [f"![CPU time of planning]({growth})", "", "CPU time of one plan against the ops of the step.", ""]
+    for table in (_summary(frontier, data), _table(frontier, data), _least(frontier, data)):
+        lines += ["```", *as_text(table, width=WIDTH).rstrip().splitlines(), "```", ""]
+    return [*lines, *_worse(data)]
+
+
+def _gap(budget: Any) -> float:
+    return float(budget["time_ns"] / max(budget["bound_ns"], 1) - 1)
+
+
+def _summary(frontier: Frontier, data: dict[tuple[str, str], Any]) -> Sheet:
+    """Gaps by budget, over all models and GPUs."""
+    rows = []
+    for percent in [*map(str, frontier.percents), "all"]:
+        cells = [b for d in data.values() for p, b in d["budgets"].items() if percent in (p, "all")]
+        gaps = sorted(_gap(b) for b in cells)
+        if not gaps:
+            continue
+        slower = sum(min(b["policies"].values(), default=b["time_ns"]) < b["time_ns"] for b in cells)
+        faster = [min(b["policies"].values()) / b["time_ns"] for b in cells if b["policies"]]
+        rows.append(
+            (
+                percent if percent == "all" else f"{percent} %",
+                str(len(gaps)),
+                f"{100 * median(gaps):.1f}",
+                f"{100 * gaps[len(gaps) * 9 // 10]:.1f}",
+                f"{100 * gaps[-1]:.1f}",
+                str(sum(gap > _WORSE for gap in gaps)),
+                str(slower),
+                f"{median(faster):.2f}×" if faster else "--",
+                f"{max(b['cpu_seconds'] for b in cells):.1f}",
+            )
+        )
+    headers = (
+        "budget",
+        "plans",
+        "gap % median",
+        "p90",
+        "worst",
+        "over 20 %",
+        "a policy is faster",
+        "best policy",
+        "CPU s",
+    )
+    return Sheet("gap to the bound", tuple(Column(h, i < 1) for i, h in enumerate(headers)), tuple(rows), keys=1)
+
+
+def _table(frontier: Frontier, data: dict[tuple[str, str], Any]) -> Sheet:
+    rows = []
+    for (name, gpu), d in data.items():
+        cells = []
+        for percent in map(str, frontier.percents):
+            b = d["budgets"].get(percent)
+            if b is None:
+                cells.append("--")
+                continue
+            mark = "*" if b["blocks"] else ""
+            cells.append(f"{b['time_ns'] / d['time_ns']:.2f}{mark} {100 * _gap(b):.1f}")
+        rows.append((name, gpu, f"{d['baseline_bytes'] / _GIB:.1f}", f"{d['least_bytes'] / _GIB:.2f}", *cells))
+    headers = ("network", "GPU", "own GiB", "least", *(f"{p} %" for p in frontier.percents))
+    return Sheet(
+        "slowdown and gap in % at each budget; * with the blocks recomputed",
+        tuple(Column(h, i < 2) for i, h in enumerate(headers)),
+        tuple(rows),
+        keys=2,
+    )
+
+
+def _least(frontier: Frontier, data: dict[tuple[str, str], Any]) -> Sheet:
+    """The least budgets, against each policy's."""
+    rows = []
+    for name in frontier.policies:
+        ratios = [d["policies"][name]["least_bytes"] / d["least_bytes"] for d in data.values() if name in d["policies"]]
+        if ratios:
+            rows.append(
+                (
+                    name,
+                    str(len(ratios)),
+                    f"{median(ratios):.2f}×",
+                    f"{min(ratios):.2f}×",
+                    str(sum(ratio < 0.995 for ratio in ratios)),
+                    str(sum(ratio > 1.005 for ratio in ratios)),
+                )
+            )
+    headers = ("policy", "pairs", "its least to ours, median", "least", "needs less than ours", "needs more")
+    return Sheet("least budget", tuple(Column(h, i < 1) for i, h in enumerate(headers)), tuple(rows), keys=1)
+
+
+def _worse(data: dict[tuple[str, str], Any]) -> Sequence[str]:
+    """Each gap beyond a fifth, and where it comes from."""
+    lines = []
+    for (name, gpu), d in data.items():
+        for percent, b in d["budgets"].items():
+            gap = _gap(b)
+            if gap <= _WORSE:
+                continue
+            own = b["time_ns"] / max(b["bound_at_requested_ns"], 1) - 1
+            lost = b["budget_bytes"] - (b["peak_requested_bytes"] or 0)
+            if own < gap / 2:
+                why = f"{lost / _GIB:.2f} GiB are lost to fragments: {100 * own:.0f} % at the plan's own requested peak"
+            elif b["blocks"]:
+                why = "whole blocks are computed again, and the bound computes just what it needs for its ops' time"
+            elif b["recomputed_bytes"] < b["offloaded_bytes"]:
+                why = "few modules make again what they saved, and the bound computes anything again for its ops' time"
+            else:
+                why = f"recomputed runs need memory that the bound does not count ({100 * own:.0f} % at its own peak)"
+            lines.append(f"* {name}, {gpu}, {percent} %: gap {100 * gap:.0f} %; {why}.")
+    return (
+        [f"Gaps beyond {100 * _WORSE:.0f} %:", "", *lines, ""]
+        if lines
+        else [f"No gap is beyond {100 * _WORSE:.0f} %.", ""]
+    )
