@@ -51,6 +51,7 @@ LAYERS = {
     "training": 8,
     "deciding": 8,
     "trace_cache": 8,
+    "advising": 8,
     "batches": 8,
     "integrations": 8,
     "cli": 8,

@@ -9,6 +9,7 @@ import sys
 
 import typer
 
+from vdnn.cli.advising import advise
 from vdnn.cli.measuring import measure
 from vdnn.cli.predicting import capture, compare, max_batch, plan, simulate
 from vdnn.cli.replaying import replay
@@ -21,13 +22,13 @@ from vdnn.errors import VdnnError
 __all__ = ["app", "command_line", "main"]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-for command in (run, capture, plan, simulate, compare, experiment, measure, report, replay, reproduction):
+for command in (run, capture, plan, simulate, compare, advise, experiment, measure, report, replay, reproduction):
     app.command()(command)
 app.command("max-batch")(max_batch)
 app.command("list")(list_names)
 
 # commands that train nothing, so that torch needs no compiler
-_COMPUTE_NOTHING = ("capture", "plan", "simulate", "compare", "max-batch")
+_COMPUTE_NOTHING = ("capture", "plan", "simulate", "compare", "advise", "max-batch")
 
 
 def command_line() -> None:

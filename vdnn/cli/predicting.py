@@ -83,14 +83,18 @@ def plan(
     options: ModelOptions = None,
     recipe: RecipeParts = None,
     no_cache: NoCache = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="By module: when it leaves, comes back, costs, and why.")
+    ] = False,
+    as_json: Json = False,
     output: Output = None,
     force: Force = False,
 ) -> None:
     """Decide for every saved storage, and say what was decided.
 
-    Example: vdnn plan paper:vgg16 --batch 64 --gpu titan-x --policy vdnn-conv -o vgg16.plan.json
+    Example: vdnn plan torchvision:resnet50 --batch 128 --gpu rtx4090 --precision amp --budget 4GiB --explain
     """
-    from vdnn.reporting import as_text, plan_report
+    from vdnn.reporting import as_rows, as_text, explained, explanation, plan_report, plan_rows
 
     must_be_free(output, force)
     must_be_one(policy=policy, budget=budget)
@@ -98,7 +102,16 @@ def plan(
     trace = trace_of(model, batch, precision, optimizer, options, device, no_cache, policy, recipe)
     how: dict[str, Any] = {"rules": rules, "regime": regime, "algorithms": algorithms}
     made = api.plan(trace, gpu, policy, budget=budget or None, **how)
-    typer.echo(as_text(plan_report(made)), nl=False)
+    if explain:
+        result = api.simulate(trace, made, gpu, memory_limit=made.budget_bytes, timeline=True, regime=regime)
+        rows: Any = explained(made, result)
+        table = explanation(made, result)
+    else:
+        rows, table = plan_rows(made), plan_report(made)
+    if as_json:
+        typer.echo(json.dumps({"notes": list(made.notes), "entries": as_rows(rows)}, indent=1))
+    else:
+        typer.echo(as_text(table, width=130 if explain else 100), nl=False)
     write_value(made, output)
 
 

@@ -16,14 +16,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vdnn.costs import times_with
-from vdnn.errors import InfeasibleError, UsageError
+from vdnn.errors import FormatError, InfeasibleError, UsageError
 from vdnn.planner import BUDGETED, best_plan, budgeted_plan, least_memory, least_plan, time_bound
-from vdnn.policies import Options, decide
+from vdnn.policies import Options, decide, find
 from vdnn.policies import model_options as options_of
 from vdnn.sim import simulate_step
 from vdnn.values import Hardware, Plan, Recompute, RunResult, Trace
 
-__all__ = ["FRONTIER", "Frontier", "frontier_of"]
+__all__ = ["FRONTIER", "Frontier", "frontier_of", "read_frontier"]
 
 _UNBOUNDED = 1 << 60
 # The keys of its table in an experiment: type, default (... where there is none).
@@ -57,6 +57,23 @@ class Frontier:
     optimizer: str
     percents: tuple[int, ...]
     shown: tuple[str, ...]
+
+
+def read_frontier(
+    read: dict[str, Any], models: tuple[tuple[str, int, tuple[tuple[str, Any], ...]], ...], where: str
+) -> Frontier:
+    """A frontier from its table, whose keys and models were checked.
+
+    Raises:
+        FormatError: percents that are none.
+        UsageError: an unknown policy.
+    """
+    for policy in read["policies"]:
+        find(str(policy))
+    if not all(percent in range(101) for percent in read["percents"]):
+        raise FormatError(f"{where}: percents is {read['percents']!r}, it must hold numbers from 0 to 100")
+    tuples: dict[str, Any] = {name: tuple(read[name]) for name in ("gpus", "policies", "percents", "shown")}
+    return Frontier(**{**read, **tuples, "models": models})
 
 
 def frontier_of(

@@ -35,7 +35,7 @@ from typing import Any, Literal
 
 from vdnn.errors import FormatError, UsageError, unknown_name
 from vdnn.experiment.cpu import CPU_KEYS, Cpu, read_cpu
-from vdnn.experiment.frontier import FRONTIER, Frontier
+from vdnn.experiment.frontier import FRONTIER, Frontier, read_frontier
 from vdnn.policies import Options, find, must_run
 from vdnn.reporting import result_row
 from vdnn.units import parse_size
@@ -251,12 +251,16 @@ def read_experiment(path: Path) -> Experiment:
     nodes = tuple(_node_sweep(table, f"{path}, [[node]] {n + 1}") for n, table in enumerate(top["node"]))
     where = f"{path}, [cpu]"
     cpu = read_cpu(_checked(top["cpu"], CPU_KEYS, where), where, _check_step) if "cpu" in data else None
-    frontiers = tuple(_frontier(table, f"{path}, [[frontier]] {n + 1}") for n, table in enumerate(top["frontier"]))
+    frontiers = []
+    for number, table in enumerate(top["frontier"]):
+        where = f"{path}, [[frontier]] {number + 1}"
+        read = _checked(table, FRONTIER, where)
+        frontiers.append(read_frontier(read, _models(read, [read["precision"]], where), where))
     if not (sections or networks or sweeps or nodes or cpu or frontiers):
         raise FormatError(f"{path} runs nothing: it needs a [[simulate]], a [[run]], a [reproduction] or a [cpu] table")
     figures = tuple(_figure(table, f"{path}, [[figure]] {n + 1}") for n, table in enumerate(top["figure"]))
     heading = (path.stem, str(path), top["title"], top["text"])
-    made = Experiment(*heading, tuple(sections), figures, networks, sweeps, nodes, cpu, frontiers)
+    made = Experiment(*heading, tuple(sections), figures, networks, sweeps, nodes, cpu, tuple(frontiers))
     for figure in figures:
         if not any(figure.shows_case(case) for case in made.cases):
             chosen = ", ".join(f"{name}={value}" for name, value in figure.select)
@@ -388,24 +392,9 @@ def _node_sweep(table: Any, where: str) -> NodeSweep:
     return made
 
 
-def _frontier(table: Any, where: str) -> Frontier:
-    read = _checked(table, FRONTIER, where)
-    for policy in read["policies"]:
-        find(str(policy))
-    if not all(isinstance(percent, int) and 0 <= percent <= 100 for percent in read["percents"]):
-        raise FormatError(f"{where}: percents is {read['percents']!r}, it must hold numbers from 0 to 100")
-    tuples: dict[str, Any] = {name: tuple(read[name]) for name in ("gpus", "policies", "percents", "shown")}
-    made = Frontier(**{**read, **tuples, "models": _models(read, [read["precision"]], where)})
-    for name in made.shown:
-        if name not in {model for model, _, _ in made.models}:
-            raise UsageError(f"{where}: {name} is to be shown, but is none of the models")
-    return made
-
-
 def iter_steps(cases: tuple[Case, ...]) -> Iterator[tuple[Case, ...]]:
     """The cases in groups that share a training step, in order."""
     groups: dict[tuple[Any, ...], list[Case]] = {}
     for case in cases:
         groups.setdefault(case.step(), []).append(case)
-    for group in groups.values():
-        yield tuple(group)
+    yield from map(tuple, groups.values())

@@ -10,17 +10,20 @@ Every plan was simulated, with the budget as the limit of reserved memory, befor
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from vdnn.chains import action_of
 from vdnn.costs import times_with
+from vdnn.encoding import encoded
 from vdnn.errors import InfeasibleError, UsageError
-from vdnn.moments import Points
+from vdnn.liveness import requested
+from vdnn.moments import Move, Points, resolve
 from vdnn.planner.bound import Bound, time_bound
 from vdnn.planner.search import Found, Search
 from vdnn.policies import Options, decide, recomputed_blocks
 from vdnn.policies.plans import make_plan
+from vdnn.recomputing import recomputed
 from vdnn.sim import simulate_step
 from vdnn.sim.allocator_step import step_memory
 from vdnn.units import format_bytes, format_ns
@@ -226,30 +229,39 @@ def _peak(result: RunResult) -> str:
 def least_plan(trace: Trace, hardware: Hardware, options: Options | None = None) -> Planned:
     """The plan that fits into the least memory of those known, whatever its time, with that as its budget."""
     options = options or Options()
-    found: list[tuple[int, Plan]] = []
+    tried: list[tuple[int, Plan, Trace, Sequence[Move]]] = []
     for search in (
         Search(trace, hardware, options),
         Search(trace, hardware, replace(options, min_bytes=min(options.min_bytes, _SMALL))),
     ):
-        for one in search.least()[:_STARTS]:
+        for one in search.least()[: 2 * _STARTS]:
             step = search.step(one.dropped)[0].trace
-            found.append((_least_capacity(step, one), plan_of(search, one)))
-    budget, plan = min(found, key=lambda pair: pair[0])
-    plan = replace(plan, budget_bytes=budget, notes=("needs the least memory: everything goes at once",))
+            tried.append((one.requested_bytes, plan_of(search, one), step, one.schedule.moves))
+    for plan in _candidates(trace, hardware, options, hardware.memory_bytes):
+        step = encoded(recomputed(trace, plan), plan)
+        trips = resolve(plan, step)
+        tried.append((max(requested(step, trips), default=0), plan, step, trips))
+    budget, best = 1 << 62, tried[0][1]
+    for most, plan, step, moves in sorted(tried, key=lambda one: one[0]):
+        if most < budget:
+            budget, best = min(
+                (budget, best), (_least_capacity(step, moves, most, budget), plan), key=lambda one: one[0]
+            )
+    note = f"needs the least memory of the plans known, {format_bytes(budget)}"
+    plan = replace(best, policy="budget", budget_bytes=budget, notes=(note,))
     result = simulate_step(trace, plan, hardware, memory_limit=budget)
     without = simulate_step(trace, None, hardware)
     bound = Bound(without.iteration_time_ns or 0, "the step without a plan", True, {}, {})
     return Planned(trace, plan, result, bound, without)
 
 
-def _least_capacity(step: Trace, found: Found) -> int:
-    """The least device memory in which the allocator's model runs it, to a 256th."""
-    low = found.requested_bytes
+def _least_capacity(step: Trace, moves: Sequence[Move], most: int, enough: int) -> int:
+    """The least device memory in which the allocator's model runs it, to a 256th, or `enough` if it is no less."""
     if step.device == "cpu":
-        return low
-    moves = found.schedule.moves
-    high = step_memory(step, moves, 1 << 60).peak_reserved_bytes
-    low -= 1
+        return most
+    low, high = most - 1, min(step_memory(step, moves, 1 << 60).peak_reserved_bytes, enough)
+    if high == enough and not step_memory(step, moves, enough).fits:
+        return enough
     while high - low > max(low >> 8, 1 << 20):
         middle = (low + high) // 2
         if step_memory(step, moves, middle).fits:

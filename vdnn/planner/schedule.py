@@ -14,7 +14,7 @@ from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from vdnn.liveness import requested
 from vdnn.moments import Moment, Move, Points, extent
@@ -79,9 +79,8 @@ class Step:
         self._backward = sorted((moment, f"unpack {self.points.names[i]}") for moment, i in asked)
         self._backward_at = [moment[0] for moment, _ in self._backward]
         # the most that lives from one point of backward to the next
-        ends = [*self._backward_at[1:], len(trace.ops)]
         self._between = [
-            max(self.live[begin:end], default=0) for begin, end in zip(self._backward_at, ends, strict=True)
+            max(self.live[begin:end], default=0) for begin, end in pairwise([*self._backward_at, len(trace.ops)])
         ]
         roots = [call for call in trace.modules if call.parent < 0]
         self._last = f"end {roots[-1].fqn}#{roots[-1].call}" if roots else ""

@@ -211,7 +211,10 @@ class Search:
         found = []
         for dropped in dict.fromkeys(sets):
             _, parcels = self.step(dropped)
-            found.append(self.judge(dropped, list(parcels.values()), 0, 0, prefetch=False))
+            away = list(parcels.values())
+            found.append(self.judge(dropped, away, 0, 0, prefetch=False))
+            # as little is requested with prefetches where there is room, and the allocator may make more of that
+            found.append(self.judge(dropped, away, found[-1].requested_bytes, 0))
         return sorted(found, key=lambda one: (one.requested_bytes, one.time_ns))
 
     def cut(self, wanted: Collection[int], cap: int) -> frozenset[int]:

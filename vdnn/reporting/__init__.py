@@ -1,5 +1,6 @@
 """What a run came to: text, JSON rows and figures (`vdnn.reporting.plots`, imported only where they are drawn)."""
 
+from vdnn.reporting.explaining import advice_table, explained, explanation
 from vdnn.reporting.origin import provenance
 from vdnn.reporting.perfetto import write_perfetto
 from vdnn.reporting.predictions import prediction_table, predictions_table
@@ -16,12 +17,15 @@ from vdnn.reporting.text import (
 )
 
 __all__ = [
+    "advice_table",
     "as_rows",
     "as_text",
     "batches_table",
     "comparisons",
     "difference_rows",
     "differences",
+    "explained",
+    "explanation",
     "hardware_row",
     "hardware_table",
     "layer_shares",

@@ -10,7 +10,7 @@ from vdnn.reporting.plots.canvas import save_figure
 from vdnn.reporting.plots.layers import layers_figure
 from vdnn.reporting.plots.memory import memory_figure
 from vdnn.reporting.plots.node import node_figure
-from vdnn.reporting.plots.pareto import growth_figure, pareto_figure
+from vdnn.reporting.plots.pareto import advice_figure, growth_figure, pareto_figure
 from vdnn.reporting.plots.policies import policies_figure
 from vdnn.reporting.plots.prediction import prediction_figure
 from vdnn.reporting.plots.streams import streams_figure
@@ -20,6 +20,7 @@ __all__ = [
     "Line",
     "Panel",
     "Stack",
+    "advice_figure",
     "bandwidth_figure",
     "growth_figure",
     "layers_figure",

@@ -12,9 +12,9 @@ from matplotlib.patches import Patch
 
 from vdnn.errors import UsageError
 from vdnn.reporting.plots.canvas import legend_above, new_figure, styled
-from vdnn.reporting.style import BLACK, PALE, marker_look
+from vdnn.reporting.style import BLACK, BLUE, ORANGE, PALE, VERMILION, marker_look
 
-__all__ = ["growth_figure", "pareto_figure"]
+__all__ = ["advice_figure", "growth_figure", "pareto_figure"]
 
 _GIB = 2**30
 _MOST = 3.0  # slowdowns beyond that are drawn at the edge
@@ -86,4 +86,34 @@ def growth_figure(points: Sequence[tuple[int, float]]) -> Figure:
         axes.set_xlim(min(ops for ops, _ in points) / 1.3, 10 ** math.ceil(math.log10(most)))
     axes.set_xlabel("ops in the step")
     axes.set_ylabel("CPU seconds")
+    return figure
+
+
+@styled
+def advice_figure(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
+    """A bar a GPU: the step with unlimited memory, and what fitting adds; GPUs on which nothing fits are named.
+
+    Raises:
+        UsageError: no GPUs.
+    """
+    if not rows:
+        raise UsageError("there are no GPUs to draw")
+    figure = new_figure(0.9 + 0.2 * len(rows), 5.2)
+    axes = figure.subplots()
+    for place, row in enumerate(rows):
+        free = row["free_time_ns"] / 1e6
+        if row["time_ns"] is None:
+            short = f" needs {row['needs_bytes'] / _GIB:.1f} of {row['memory_bytes'] / _GIB:.0f} GiB"
+            axes.text(0, place, short, va="center", fontsize=7, color=VERMILION)
+            continue
+        axes.barh(place, min(free, row["time_ns"] / 1e6), color=BLUE, height=0.7)
+        axes.barh(place, max(0.0, row["time_ns"] / 1e6 - free), left=free, color=ORANGE, height=0.7)
+        axes.text(row["time_ns"] / 1e6, place, f" {row['how']}", va="center", fontsize=7)
+    axes.set_yticks(range(len(rows)), [row["gpu"] for row in rows])
+    axes.invert_yaxis()
+    axes.margins(x=0.25)
+    axes.set_xlabel("step, ms")
+    axes.set_title(title)
+    handles: list[Any] = [Patch(color=BLUE, label="with unlimited memory"), Patch(color=ORANGE, label="to fit")]
+    legend_above(figure, handles, columns=2)
     return figure

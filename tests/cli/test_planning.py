@@ -1,0 +1,113 @@
+"""`plan --budget`, `--explain` and `advise`: numbers and reasons on stdout, mistakes in one sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.test_cli import vdnn
+from vdnn.synthetic import conv_chain
+from vdnn.values import save
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("planning") / "chain.json.gz"
+    save(conv_chain(batch=256, channels=(32, 32, 64, 64), size=64), path)
+    return str(path)
+
+
+def test_explain_says_by_module_what_happens_when_and_why(chain: str) -> None:
+    done = vdnn("plan", chain, "--gpu", "rtx4090", "--budget", "450MiB", "--explain")
+    assert done.returncode == 0, done.stderr
+    assert "of the best" in " ".join(done.stdout.split())
+    assert "the budget does not ask for it" in done.stdout
+    rows = json.loads(vdnn("plan", chain, "--gpu", "rtx4090", "--budget", "450MiB", "--explain", "--json").stdout)
+    moved = [row for row in rows["entries"] if row["action"] == "offload"]
+    again = [row for row in rows["entries"] if row["action"] == "recompute"]
+    assert moved or again
+    for row in moved:
+        assert 0 < row["out_ns"] <= row["back_ns"]
+    for row in again:
+        assert "fetching it takes" in row["why"]
+    assert all(row["why"] and row["nbytes"] > 0 and row["storages"] > 0 for row in rows["entries"])
+
+
+def test_an_impossible_budget_has_exit_code_three_and_names_the_least(chain: str) -> None:
+    done = vdnn("plan", chain, "--gpu", "rtx4090", "--budget", "1MiB")
+    assert done.returncode == 3
+    assert "the least is" in done.stderr
+    assert "filled by" in done.stderr
+    # what it names is possible
+    least = done.stderr.split("the least is ")[1].split(",")[0].replace(" ", "")
+    number, unit = float(least.rstrip("GMiBK")), least[-3:]
+    again = vdnn("plan", chain, "--gpu", "rtx4090", "--budget", f"{number * 1.01}{unit}")
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.parametrize(("budget", "words"), [("lots", "lots"), ("0", "more than 0 bytes"), ("-3GiB", "-3GiB")])
+def test_a_budget_that_is_none_is_a_mistake(chain: str, budget: str, words: str) -> None:
+    done = vdnn("plan", chain, "--gpu", "rtx4090", f"--budget={budget}")
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_hardware_without_a_link_is_a_mistake(chain: str, tmp_path: Path) -> None:
+    from vdnn.values import hardware
+
+    machine = tmp_path / "unlinked.json"
+    save(hardware("rtx4090"), machine)
+    data = json.loads(machine.read_text())
+    data["value"]["d2h_bytes_per_s"] = 0
+    machine.write_text(json.dumps(data))
+    done = vdnn("plan", chain, "--gpu", str(machine), "--budget", "450MiB")
+    assert done.returncode == 2, done.stderr
+    assert "d2h_bytes_per_s is 0" in done.stderr
+
+
+def test_advise_says_for_each_gpu_what_fitting_costs(chain: str, tmp_path: Path) -> None:
+    picture = tmp_path / "gpus.png"
+    gpus = ("--gpu", "rtx4090", "--gpu", "t4")
+    done = vdnn("advise", chain, *gpus, "--json", "--plot", str(picture))
+    assert done.returncode == 0, done.stderr
+    assert picture.exists()
+    rows = {row["gpu"]: row for row in json.loads(done.stdout)}
+    assert set(rows) == {"rtx4090", "t4"}
+    for row in rows.values():
+        assert row["fits"]
+        assert row["how"] == "as it is"
+        assert row["slowdown"] == 1
+    assert rows["rtx4090"]["time_ns"] < rows["t4"]["time_ns"]
+    text = vdnn("advise", chain, *gpus)
+    assert text.stdout.index("rtx4090") < text.stdout.index("t4")
+
+
+def test_advise_plans_where_the_step_does_not_fit_and_says_what_is_missing_where_nothing_does() -> None:
+    from dataclasses import replace
+
+    from vdnn.advising import OWN_BYTES, advise
+    from vdnn.policies import Options
+    from vdnn.values import hardware
+
+    trace = conv_chain(batch=256, channels=(32, 32, 64, 64), size=64)
+    card = hardware("rtx4090")
+    machines = [
+        replace(card, id=name, memory_bytes=OWN_BYTES + size)
+        for name, size in (("large", 1 << 33), ("small", 400 << 20), ("tiny", 1 << 20))
+    ]
+    rows = advise(trace, None, machines, Options())
+    assert [row.gpu for row in rows] == ["large", "small", "tiny"]
+    large, small, tiny = rows
+    assert large.how == "as it is"
+    assert small.fits
+    assert set(small.how.split("+")) & {"offload", "recompute"}
+    assert small.slowdown is not None
+    assert small.slowdown >= 1
+    assert small.bound_ns is not None
+    assert small.bound_ns <= (small.time_ns or 0)
+    assert not tiny.fits
+    assert tiny.needs_bytes > tiny.memory_bytes - OWN_BYTES
+    assert tiny.slowdown is None

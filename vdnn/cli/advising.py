@@ -1,0 +1,72 @@
+"""`advise`: which GPU for a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vdnn.cli.arguments import (
+    Batch,
+    Force,
+    Json,
+    Model,
+    ModelOptions,
+    NoCache,
+    Optimizer,
+    Precision,
+    busy,
+    trace_of,
+)
+from vdnn.errors import UsageError
+from vdnn.values import hardware, preset_ids
+
+__all__ = ["advise"]
+
+
+def advise(
+    model: Model,
+    batch: Batch = "32",
+    gpu: Annotated[list[str] | None, typer.Option(help="A GPU; again for another. Default: all presets.")] = None,
+    precision: Precision = "amp",
+    optimizer: Optimizer = "sgd",
+    options: ModelOptions = None,
+    no_cache: NoCache = False,
+    as_json: Json = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw it: NAME.png, .svg or .pdf.")] = None,
+    force: Force = False,
+) -> None:
+    """Say on which GPUs a training step fits, with what plan, and what that costs.
+
+    Example: vdnn advise torchvision:resnet50 --batch 256 --plot resnet50-gpus.png
+    """
+    from dataclasses import asdict
+
+    from vdnn.advising import advise as advices
+    from vdnn.policies import model_options as options_of
+    from vdnn.reporting import advice_table, as_text
+
+    machines = [hardware(name) for name in gpu or preset_ids()]
+    if plot is not None and plot.exists() and not force:
+        raise UsageError(f"{plot} exists: give another name, or --force to overwrite it")
+    trace = trace_of(model, batch, precision, optimizer, options, no_cache=no_cache)
+    blocks = None
+    if not model.endswith((".json", ".json.gz")) and options_of("checkpoint"):
+        try:
+            blocks = trace_of(model, batch, precision, optimizer, options, no_cache=no_cache, policy="checkpoint")
+        except UsageError:
+            blocks = None  # the model has no repeated blocks
+    with busy(f"planning {model} for {len(machines)} GPUs"):
+        found = advices(trace, blocks, machines)
+    rows: list[dict[str, Any]] = [{**asdict(one), "slowdown": one.slowdown} for one in found]
+    title = f"{trace.model} · batch {trace.batch} · {trace.precision} · {trace.optimizer}"
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+    else:
+        typer.echo(as_text(advice_table(rows, title), width=110), nl=False)
+    if plot is not None:
+        from vdnn.reporting.plots import advice_figure, save_figure
+
+        typer.echo(f"Wrote {save_figure(advice_figure(rows, title), plot)}", err=True)
