@@ -27,6 +27,7 @@ LAYERS = {
     "convolutions": 2,
     "chains": 2,
     "recomputing": 2,
+    "blocks": 2,
     "encodable": 2,
     "encoding": 2,
     "policies": 3,

@@ -25,13 +25,17 @@ from torch.utils.hooks import RemovableHandle
 __all__ = ["Frame", "Hook", "ModuleCalls"]
 
 
+_NONE: dict[str, Any] = {}
+
+
 class Frame:
     """One call of one module while it runs. `packs` counts the tensors packed in it so far.
 
-    `args` are its positional arguments and `output` what it gives, both only while its end is told.
+    `args` are its positional arguments, only while its begin or end is told; `kwargs` the others, and `output` what it
+    gives, only while its end is.
     """
 
-    __slots__ = ("args", "call", "fqn", "module", "output", "packs", "parent", "slot")
+    __slots__ = ("args", "call", "fqn", "kwargs", "module", "output", "packs", "parent", "slot")
 
     def __init__(self, module: nn.Module, fqn: str, call: int, parent: Frame | None) -> None:
         self.module = module
@@ -41,6 +45,7 @@ class Frame:
         self.packs = 0
         self.slot: Any = None  # whatever the owner keeps with the call
         self.args: tuple[Any, ...] = ()
+        self.kwargs: dict[str, Any] = _NONE
         self.output: Any = None
 
 
@@ -93,7 +98,7 @@ class ModuleCalls:
         for module in self.root.modules():
             self._handles.append(module.register_forward_pre_hook(begin, prepend=True))
             # always_call: the frame must end when forward raises, too
-            self._handles.append(module.register_forward_hook(end, always_call=True))
+            self._handles.append(module.register_forward_hook(end, with_kwargs=True, always_call=True))
 
     def detach(self) -> None:
         """Take all hooks off again."""
@@ -115,7 +120,9 @@ class ModuleCalls:
         self._counts[key] = call + 1
         frame = self.current = Frame(module, self._names[key], call, parent)
         if self._on_begin is not None:
+            frame.args = args
             self._on_begin(frame)
+            frame.args = ()
 
     def _runs_inside_itself(self) -> bool:
         """Whether the root's forward is really on the Python stack beside the call that begins now."""
@@ -126,14 +133,14 @@ class ModuleCalls:
             frame = frame.f_back  # type: ignore[assignment]
         return calls >= 2
 
-    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _end(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         frame = self.current
         if frame is None or frame.module is not module:
             return
-        frame.args, frame.output = args, output
+        frame.args, frame.kwargs, frame.output = args, kwargs, output
         try:
             if self._on_end is not None:
                 self._on_end(frame)
         finally:
-            frame.args, frame.output = (), None
+            frame.args, frame.kwargs, frame.output = (), _NONE, None
             self.current = frame.parent

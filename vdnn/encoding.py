@@ -16,6 +16,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from vdnn.blocks import blocked
 from vdnn.encodable import elements_of, refusal, windows
 from vdnn.errors import PlanMismatchError
 from vdnn.moments import Moment, Points
@@ -41,9 +42,9 @@ def planned(trace: Trace, plan: Plan | None) -> Trace:
     """The step that runs under a plan, but for what is offloaded: `resolve` says what of it moves, and when.
 
     Raises:
-        PlanMismatchError: as `recomputed` and `encoded`.
+        PlanMismatchError: as `blocked`, `recomputed` and `encoded`.
     """
-    return encoded(recomputed(trace, plan), plan)
+    return encoded(recomputed(blocked(trace, plan), plan), plan)
 
 
 @dataclass(slots=True)

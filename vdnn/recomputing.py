@@ -77,7 +77,9 @@ def recomputed(trace: Trace, plan: Plan | None) -> Trace:
     Raises:
         PlanMismatchError: the plan names what the trace does not have, or what cannot be computed again.
     """
-    entries = [e for e in plan.entries if isinstance(e.action, Recompute)] if plan is not None else []
+    entries = (
+        [e for e in plan.entries if isinstance(e.action, Recompute) and not e.action.block] if plan is not None else []
+    )
     if plan is None or not entries:
         return trace
     points = Points(trace)

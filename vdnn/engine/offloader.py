@@ -16,11 +16,11 @@ import threading
 import weakref
 
 import torch
-from torch import nn
 
 from vdnn.calls import Frame
 from vdnn.engine.account import Counts
 from vdnn.engine.arena import Arena
+from vdnn.engine.blocks import BlockRun
 from vdnn.engine.device import Device, is_plain
 from vdnn.engine.encoded import EncodedStorage, windows_of
 from vdnn.engine.lifecycle import State
@@ -30,22 +30,14 @@ from vdnn.engine.recomputed import RecomputedStorage
 from vdnn.engine.remade import RemadeStorage
 from vdnn.engine.schedule import NOTHING, Schedule, Slot
 from vdnn.engine.storage import SavedStorage, extent
+from vdnn.engine.untouched import belongs, by_rule
 from vdnn.errors import DeviceOutOfMemory
 from vdnn.values.plan import Encode, Keep, Offload, Recompute
 
-__all__ = ["Offloader", "storage_keys"]
+__all__ = ["Offloader"]
 
 _OUT_OF_MEMORY = (torch.OutOfMemoryError, DeviceOutOfMemory)
 _MOST_MISMATCHES = 100
-
-
-def storage_keys(model: nn.Module) -> set[int]:
-    """The storages of a model's parameters and buffers, by address of the storage object."""
-    return {
-        tensor.untyped_storage()._cdata
-        for tensor in (*model.parameters(), *model.buffers())
-        if is_plain(tensor) and not tensor.is_meta
-    }
 
 
 class Offloader:
@@ -94,7 +86,11 @@ class Offloader:
         """A module call begins."""
         here = self.current
         if here is not None:
-            frame.slot = here.schedule.calls.get((frame.fqn, frame.call), NOTHING)
+            slot = frame.slot = here.schedule.calls.get((frame.fqn, frame.call), NOTHING)
+            if slot.block:
+                here.block = here.blocks[slot.block] = BlockRun(frame)
+            if here.block is not None:
+                here.block.enters(frame)
             self._run(frame)
 
     def leave(self, frame: Frame) -> None:
@@ -106,10 +102,15 @@ class Offloader:
         self.counts.packs += frame.packs
         if frame.slot.release:
             self._release(here, frame.slot.release)
-        if frame.slot.links:
+        if frame.slot.links or frame.slot.block:
             with self._lock:
                 for entry, last in frame.slot.links:
                     here.chain(entry).link(frame.module, frame.args, frame.output, last)
+                if here.block is not None and frame.slot.block:
+                    here.block.ends(frame)
+                    if here.block.broken:
+                        self._mismatch(f"{frame.slot.block} is not computed again: {here.block.broken}")
+                    here.block = None
 
     def _run(self, frame: Frame) -> None:
         self._frame, self._slots = frame, frame.slot.slots
@@ -119,6 +120,8 @@ class Offloader:
         if self.current is not None:
             self.counts.packs += self.current.outside.packs
             self.current.chains.clear()
+            self.current.blocks.clear()
+            self.current.block = None
         self.current = self._frame = None
 
     # -- pack --------------------------------------------------------------------------------------
@@ -153,6 +156,8 @@ class Offloader:
         if slot is not None:
             for entry in slot.source_of:
                 here.chain(entry).begins_with(packed, tensor)
+            if slot.input_of and slot.input_of in here.blocks:
+                here.blocks[slot.input_of].begins_with(packed, tensor)
             for entry in slot.pooled_to:
                 here.pooled[entry] = tensor.shape
             if slot.release:
@@ -179,11 +184,11 @@ class Offloader:
         nbytes = storage.nbytes()
         if nbytes == 0 or tensor.numel() == 0 or storage._cdata in self.fixed:
             return None
-        if frame.module._parameters and self._belongs(frame, storage):
+        if frame.module._parameters and belongs(frame, storage):
             return None
         if isinstance(action, Recompute):
             assert slot is not None
-            return self._computed_again(here, slot, tensor)
+            return self._computed_again(here, frame, slot, action.block, tensor)
         if isinstance(action, Encode):
             assert slot is not None
             return self._encoded(here, frame, slot, action, tensor)
@@ -192,23 +197,26 @@ class Offloader:
             whole, entry = action.whole, slot.entry
         else:
             # a small view of a storage that leaves anyway goes with it: kept, it would hold the whole storage here
-            if not self._by_rule(here, frame, tensor) and here.copy_of(tensor, storage, 0, nbytes) is None:
+            if not by_rule(here.schedule.rule, frame, tensor) and here.copy_of(tensor, storage, 0, nbytes) is None:
                 return None
             whole, entry = 2 * tensor.nbytes >= nbytes or 2 * extent(tensor)[1] >= nbytes, -1
         return self._copy(here, tensor, storage, (0, nbytes) if whole else extent(tensor), entry)
 
-    def _computed_again(self, here: Pass, slot: Slot, tensor: torch.Tensor) -> RecomputedStorage | None:
-        """What stands for a storage that its modules make again; None where they turned out not to."""
-        run = here.chain(slot.entry)
+    def _computed_again(
+        self, here: Pass, frame: Frame, slot: Slot, block: str, tensor: torch.Tensor
+    ) -> RecomputedStorage | None:
+        """What stands for a storage that its modules or its block make again; None where they turned out not to."""
+        known: RecomputedStorage | None
         with self._lock:
-            known = None if run.broken else run.stands_for(tensor)
-            if known is None and not run.broken and run.may_stand_for(tensor):
-                known = run.stand_in(RecomputedStorage(self.device, tensor))
+            if block:
+                known, new, why = here.of_block(self.device, block, slot.entry, frame, tensor)
+            else:
+                known, new, why = here.chain(slot.entry).standing(self.device, tensor)
+            if new and known is not None:
                 self.counts.saved_storages += 1
                 self.counts.dropped_storages += 1
                 self.counts.dropped_bytes += known.nbytes
             if known is None:
-                why = run.broken or "its modules gave another tensor, or this one was changed since"
                 self._mismatch(f"{slot.name} is not computed again: {why}")
             return known
 
@@ -242,27 +250,6 @@ class Offloader:
     def _mismatch(self, text: str) -> None:
         if len(self.counts.mismatches) < _MOST_MISMATCHES:
             self.counts.mismatches.append(text)
-
-    @staticmethod
-    def _belongs(frame: Frame, storage: torch.UntypedStorage) -> bool:
-        """Whether it is a parameter of the module that runs: some are made anew for each forward."""
-        for parameter in frame.module._parameters.values():
-            if parameter is not None and is_plain(parameter) and parameter.untyped_storage() is storage:
-                return True
-        return False
-
-    @staticmethod
-    def _by_rule(here: Pass, frame: Frame, tensor: torch.Tensor) -> bool:
-        rule = here.schedule.rule
-        if tensor.nbytes < rule.min_bytes:
-            return False
-        if rule.types and not isinstance(frame.module, rule.types):
-            return False
-        # autocast's low-precision copy of a weight is no feature map: the layer casts it once a step for all
-        for parameter in frame.module._parameters.values():
-            if parameter is not None and parameter.dtype != tensor.dtype and parameter.numel() == tensor.numel():
-                return False
-        return True
 
     def _copy(
         self, here: Pass, tensor: torch.Tensor, storage: torch.UntypedStorage, extent: tuple[int, int], entry: int
@@ -326,9 +313,6 @@ class Offloader:
                     storage.check_reader()
                     if storage.code is not None:
                         self._fetch(packed.owner, storage.code)
-                elif isinstance(storage, RecomputedStorage) and storage.dropped:
-                    storage.make(self.unpack)
-                    self.counts.recomputed_storages += 1
             if slot is not None:
                 for entry in slot.prefetch:
                     for weak in packed.owner.by_entry.get(entry, ()):
@@ -340,7 +324,13 @@ class Offloader:
                         saved = weak()
                         if saved is not None:
                             saved.arrive()
-            return packed.restore() if isinstance(packed, Offloaded) else restore_kept(packed.kept)
+            if not isinstance(packed, Offloaded):
+                return restore_kept(packed.kept)
+            # behind the prefetches: the copies go on while it is made
+            if isinstance(packed.storage, RecomputedStorage) and packed.storage.dropped:
+                made = packed.storage.make(self.unpack)  # which may make others
+                self.counts.recomputed_storages += made
+            return packed.restore()
 
     def _fetch(self, here: Pass, storage: SavedStorage) -> None:
         by_rule = storage.place >= 0

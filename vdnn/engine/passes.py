@@ -13,6 +13,8 @@ from torch import nn
 
 from vdnn.calls import Frame
 from vdnn.engine.arena import Arena
+from vdnn.engine.blocks import BlockRun, BlockStorage
+from vdnn.engine.device import Device
 from vdnn.engine.encoded import EncodedStorage
 from vdnn.engine.recomputed import ChainRun
 from vdnn.engine.schedule import NOTHING, Schedule
@@ -36,6 +38,8 @@ class Pass:
         "_inflight_bytes",
         "ahead_bytes",
         "arena",
+        "block",
+        "blocks",
         "by_entry",
         "chains",
         "codes",
@@ -56,6 +60,8 @@ class Pass:
         self.outside = Frame(_NOWHERE, OUTSIDE, 0, None)
         self.outside.slot = schedule.calls.get((OUTSIDE, 0), NOTHING)
         self.chains: dict[int, ChainRun] = {}  # by plan entry, while forward runs
+        self.blocks: dict[str, BlockRun] = {}  # by name of the call, while forward runs
+        self.block: BlockRun | None = None  # the one that runs
         self.codes: dict[int, weakref.ref[EncodedStorage]] = {}  # by plan entry
         self.pooled: dict[int, torch.Size] = {}  # of a plan entry of indices: the form of what was pooled
         self.by_entry: dict[int, list[weakref.ref[SavedStorage]]] = {}  # those that a plan moves, by its entries
@@ -69,6 +75,15 @@ class Pass:
         if run is None:
             run = self.chains[entry] = ChainRun()
         return run
+
+    def of_block(
+        self, device: Device, block: str, entry: int, frame: Frame, tensor: torch.Tensor
+    ) -> tuple[BlockStorage | None, bool, str]:
+        """What stands for a storage that a block makes again, whether it is new; None, and why, where nothing can."""
+        run = self.blocks.get(block)
+        if run is None or run.over:
+            return None, False, "it is not saved in its block"
+        return run.stand_in(device, entry, frame, tensor)
 
     def copy_of(
         self, tensor: torch.Tensor, storage: torch.UntypedStorage, first: int, nbytes: int

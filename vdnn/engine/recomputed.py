@@ -25,10 +25,10 @@ from vdnn.engine.device import Device, byte_view, is_plain
 from vdnn.engine.remade import RemadeStorage
 from vdnn.engine.storage import extent, same_counter, typed
 
-__all__ = ["ChainRun", "RecomputedStorage", "Rerun"]
+__all__ = ["ChainRun", "Layout", "RecomputedStorage", "Rerun"]
 
 
-class _Layout:
+class Layout:
     """Where a tensor lies in its storage, and as what."""
 
     __slots__ = ("dtype", "first", "nbytes", "offset", "shape", "storage", "stride", "version")
@@ -42,7 +42,7 @@ class _Layout:
         self.version = tensor._version
         self.first, self.nbytes = extent(tensor)
 
-    def holds(self, other: _Layout) -> bool:
+    def holds(self, other: Layout) -> bool:
         """Whether the other's bytes are among these, both being there now."""
         return (
             (self.storage, self.version, self.dtype) == (other.storage, other.version, other.dtype)
@@ -50,11 +50,11 @@ class _Layout:
             and other.first + other.nbytes <= self.first + self.nbytes
         )
 
-    def of(self, tensor: torch.Tensor, outer: _Layout) -> torch.Tensor:
+    def of(self, tensor: torch.Tensor, outer: Layout) -> torch.Tensor:
         """This view of a tensor that lies as `outer` did."""
         return tensor.as_strided(self.shape, self.stride, int(tensor.storage_offset()) + self.offset - outer.offset)
 
-    def same_form(self, other: _Layout) -> bool:
+    def same_form(self, other: Layout) -> bool:
         return (self.shape, self.stride, self.offset, self.dtype) == (
             other.shape,
             other.stride,
@@ -80,6 +80,11 @@ class Rerun:
         )
 
     def __call__(self, given: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.run((given,), {}, grad=False)
+        return found
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], grad: bool) -> Any:
+        """The module's forward, as it was; `grad` says whether autograd watches."""
         for parameter, version in zip(self._parameters(), self.versions, strict=True):
             if parameter._version != version:
                 raise RuntimeError(
@@ -89,12 +94,11 @@ class Rerun:
                 )
         device, enabled, dtype, cache = self.autocast
         with (
-            torch.no_grad(),
+            torch.set_grad_enabled(grad),
             torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache),
             self._as_it_was(),
         ):
-            found: torch.Tensor = self.module.forward(given)
-            return found
+            return self.module.forward(*args, **kwargs)
 
     def _parameters(self) -> list[torch.Tensor]:
         return [p for _, parameters, _, _ in self.parts for p in parameters.values() if p is not None]
@@ -106,7 +110,7 @@ class Rerun:
         ]
         try:
             for module, parameters, buffers, training in self.parts:
-                copies = {name: None if buffer is None else buffer.clone() for name, buffer in buffers.items()}
+                copies = {name: None if buffer is None else buffer.detach().clone() for name, buffer in buffers.items()}
                 module.__dict__.update(_parameters=dict(parameters), _buffers=copies, training=training)
             yield
         finally:
@@ -121,19 +125,19 @@ class ChainRun:
 
     def __init__(self) -> None:
         self.source: Any = None  # what the pack hook gave autograd for the first module's input
-        self.taken: _Layout | None = None
-        self.given: _Layout | None = None
+        self.taken: Layout | None = None
+        self.given: Layout | None = None
         self.links: list[Rerun] = []
         self.last: weakref.ref[torch.Tensor] | None = None
         self.out: weakref.ref[torch.UntypedStorage] | None = None
-        self.layout: _Layout | None = None
+        self.layout: Layout | None = None
         self.storage: weakref.ref[RecomputedStorage] | None = None  # made at its first pack
         self.done = False
         self.broken = ""
 
     def begins_with(self, packed: Any, tensor: torch.Tensor) -> None:
         """The first module's input was packed."""
-        self.source, self.taken = packed, _Layout(tensor)
+        self.source, self.taken = packed, Layout(tensor)
 
     def link(self, module: nn.Module, args: tuple[Any, ...], output: Any, last: bool) -> None:
         """A module call of the chain is over."""
@@ -147,7 +151,7 @@ class ChainRun:
         self.last = weakref.ref(output)
         if last:
             self.done = True
-            self.layout = _Layout(output)
+            self.layout = Layout(output)
             self.out = weakref.ref(output.untyped_storage())
             storage = self.storage() if self.storage is not None else None
             if storage is not None and storage.is_of(output):
@@ -162,7 +166,7 @@ class ChainRun:
         if any(not isinstance(hook, Hook) for hook in module._forward_hooks.values()):
             return f"a {name} has forward hooks, which may change what it gives"
         if not self.links:
-            self.given = _Layout(args[0])
+            self.given = Layout(args[0])
             if self.taken is None or not self.taken.holds(self.given):
                 return f"a {name} saves another tensor than its input"
         if self.links and (self.last is None or self.last() is not args[0]):
@@ -171,23 +175,21 @@ class ChainRun:
             return f"a {name} gives a view of something larger"
         return ""
 
-    def stands_for(self, tensor: torch.Tensor) -> RecomputedStorage | None:
-        """What was given to autograd already for this storage, as it is now."""
+    def standing(self, device: Device, tensor: torch.Tensor) -> tuple[RecomputedStorage | None, bool, str]:
+        """What stands for the chain's storage, whether it is new; None, and why, where nothing can."""
+        if self.broken:
+            return None, False, self.broken
         known = self.storage() if self.storage is not None else None
-        if known is None or not (known.is_of(tensor) or (self._made(tensor) and known.counts_as(tensor))):
-            return None
-        return known
-
-    def may_stand_for(self, tensor: torch.Tensor) -> bool:
-        """Whether a first object for this storage may be made: the chain is not over, or ended in it."""
-        return (self.storage is None or self.storage() is None) and (not self.done or self._made(tensor))
-
-    def stand_in(self, storage: RecomputedStorage) -> RecomputedStorage:
-        """That is the object. It drops its memory at once if the chain is over."""
-        self.storage = weakref.ref(storage)
+        if known is not None and (known.is_of(tensor) or (self._made(tensor) and known.counts_as(tensor))):
+            return known, False, ""
+        # a first object may be made: the chain is not over, or ended in this storage
+        if known is not None or (self.done and not self._made(tensor)):
+            return None, False, "its modules gave another tensor, or this one was changed since"
+        made = RecomputedStorage(device, tensor)
+        self.storage = weakref.ref(made)
         if self.done:
-            storage.drop(self)
-        return storage
+            made.drop(self)
+        return made, True, ""
 
     def _made(self, tensor: torch.Tensor) -> bool:
         """Whether the chain's last module gave this storage, as it is now."""
@@ -205,10 +207,10 @@ class _Chain:
     """How a storage is made again: what was packed of the first module's input, and where in it that input lies."""
 
     source: Any
-    taken: _Layout
-    given: _Layout
+    taken: Layout
+    given: Layout
     links: tuple[Rerun, ...]
-    gives: _Layout
+    gives: Layout
 
 
 class RecomputedStorage(RemadeStorage):
@@ -243,8 +245,10 @@ class RecomputedStorage(RemadeStorage):
         """Whether the bytes are nowhere now."""
         return self._alias is None and self._buffer is None
 
-    def make(self, unpack: Callable[[Any], torch.Tensor]) -> None:
+    def make(self, unpack: Callable[[Any], torch.Tensor]) -> int:
         """Compute it again.
+
+        Returns: how many storages came back.
 
         Raises:
             RuntimeError: what it is made from was changed in place since, or a module gives something else now.
@@ -255,13 +259,14 @@ class RecomputedStorage(RemadeStorage):
         tensor = chain.given.of(unpack(chain.source), chain.taken)
         for link in chain.links:
             tensor = link(tensor)
-        if not is_plain(tensor) or not chain.gives.same_form(_Layout(tensor)):
+        if not is_plain(tensor) or not chain.gives.same_form(Layout(tensor)):
             raise RuntimeError(
                 f"a feature map that {type(chain.links[-1].module).__name__} computes again comes out another way than "
                 f"{list(chain.gives.shape)} of {chain.gives.dtype} with strides {chain.gives.stride}. If the module "
                 "depends on more than its input, plan without recomputation"
             )
         self._hold(self._device.adopt(tensor, 0, self.nbytes))
+        return 1
 
     def fetch(self, dtype: torch.dtype) -> tuple[torch.Tensor, int, int]:
         """As of every storage that is made again; the original while it was not dropped."""

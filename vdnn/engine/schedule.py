@@ -23,7 +23,7 @@ class Slot:
     """One pack of one module call: `entry` is its plan entry, or -1 for a tensor that only marks a point.
 
     `source_of` are the entries that are computed again from this tensor, `pooled_to` those that hold the indices of
-    the pool that takes it.
+    the pool that takes it, `input_of` is the block that runs again from it.
     """
 
     entry: int = -1
@@ -32,6 +32,7 @@ class Slot:
     action: Keep | Offload | Recompute | Encode | None = None
     source_of: list[int] = field(default_factory=list)
     pooled_to: list[int] = field(default_factory=list)
+    input_of: str = ""
     release: list[int] = field(default_factory=list)
     prefetch: list[int] = field(default_factory=list)
     arrive: list[int] = field(default_factory=list)
@@ -62,12 +63,14 @@ class Slot:
 class CallSchedule:
     """One module call: its slots by pack number, and the entries released when it returns.
 
-    `links` are the entries that this call helps to compute again, and whether it is the last to do so.
+    `links` are the entries that this call helps to compute again, and whether it is the last to do so. `block` is the
+    call's own name, if the plan runs it again.
     """
 
     slots: dict[int, Slot] = field(default_factory=dict)
     release: list[int] = field(default_factory=list)
     links: list[tuple[int, bool]] = field(default_factory=list)
+    block: str = ""
 
 
 NOTHING = CallSchedule()  # of a call that the plan does not know
@@ -108,7 +111,7 @@ class Schedule:
         self.calls: dict[tuple[str, int], CallSchedule] = {}
         self.modules = {name.module for entry in plan.entries for name in entry.saved} if plan else set()
         actions = [entry.action for entry in plan.entries] if plan else []
-        if any(isinstance(action, Recompute) and not action.through for action in actions):
+        if any(isinstance(action, Recompute) and not action.source for action in actions):
             assert plan is not None
             raise EngineError(
                 f"the plan of {plan.policy} computes feature maps again that no module alone makes, which only the "
@@ -150,7 +153,7 @@ class Schedule:
                 call.slots = {
                     n: s
                     for n, s in call.slots.items()
-                    if s.marks or s.source_of or s.pooled_to or not isinstance(s.action, Keep)
+                    if s.marks or s.source_of or s.pooled_to or s.input_of or not isinstance(s.action, Keep)
                 }
 
     def _lay_out_code(self, index: int, action: Encode, name: SavedName) -> None:
@@ -174,7 +177,14 @@ class Schedule:
 
     def _lay_out_again(self, index: int, action: Recompute) -> None:
         source = Point.parse(f"pack {action.source}")
-        self._slot(source.module, source.call, source.index).source_of.append(index)
+        slot = self._slot(source.module, source.call, source.index)
+        if action.block:
+            slot.input_of = action.block
+            call = Point.parse(f"end {action.block}")
+            self.modules.add(call.module)
+            self.calls.setdefault((call.module, call.call), CallSchedule()).block = action.block
+            return
+        slot.source_of.append(index)
         for place, text in enumerate(action.through):
             call = Point.parse(f"end {text}")
             self.modules.add(call.module)

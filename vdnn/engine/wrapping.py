@@ -24,8 +24,9 @@ from torch.utils.hooks import RemovableHandle
 from vdnn.calls import Frame, Hook, ModuleCalls
 from vdnn.engine.account import EngineReport
 from vdnn.engine.device import Device, is_plain
-from vdnn.engine.offloader import Offloader, storage_keys
+from vdnn.engine.offloader import Offloader
 from vdnn.engine.schedule import Rule, Schedule
+from vdnn.engine.untouched import storage_keys
 from vdnn.errors import EngineError
 
 __all__ = ["Engine", "Offloading", "engine_of", "offloading", "unwrap_model", "wrap_model"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vdnn.blocks import block_actions, repeated
 from vdnn.chains import Chain, action_of, chains
 from vdnn.moments import Points
 from vdnn.policies.candidates import Saved, survey
@@ -18,10 +19,10 @@ from vdnn.policies.registry import register
 from vdnn.recomputing import recompute
 from vdnn.units import format_bytes
 from vdnn.values.hardware import Hardware
-from vdnn.values.plan import Offload, Plan, Recompute
+from vdnn.values.plan import Action, Offload, Plan, Recompute
 from vdnn.values.trace import Trace
 
-__all__ = ["recompute_cheap", "recompute_offload"]
+__all__ = ["recompute_blocks", "recompute_cheap", "recompute_offload"]
 
 
 @register("recompute")
@@ -49,6 +50,21 @@ def recompute_offload(trace: Trace, hardware: Hardware, options: Options) -> Pla
     moves, inflight = event_actions(step, [item for item in movable if item.storage not in soon], options)
     actions: dict[int, Offload | Recompute] = {**moves, **_again(trace, dropped, found)}
     return make_plan("recompute-offload", trace, options, actions, kept, inflight, (_note(dropped),))
+
+
+@register("recompute-blocks")
+def recompute_blocks(trace: Trace, hardware: Hardware, options: Options) -> Plan:
+    """Lets go of all that a model's repeated blocks save, and runs each block again from its input."""
+    points = Points(trace)
+    saved = survey(trace, options)
+    actions: dict[int, Action] = {}
+    found = repeated(trace)
+    for block in found:
+        actions.update(block_actions(points, block, "its block runs again"))
+    kept = {item.storage: item.why or "outside of repeated blocks, or an input of one" for item in saved}
+    dropped = sum(trace.storages[s].nbytes for s in actions)
+    note = f"runs {len(found)} blocks again, {format_bytes(dropped)}"
+    return make_plan("recompute-blocks", trace, options, actions, kept, notes=(note,))
 
 
 def _droppable(trace: Trace, saved: Sequence[Saved]) -> tuple[list[Saved], dict[int, Chain]]:

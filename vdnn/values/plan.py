@@ -11,6 +11,7 @@ name: (module FQN, call number of that module in the step, n-th pack in that cal
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -112,13 +113,15 @@ class Recompute:
     """The storage is dropped when forward lets go of it, and computed again when backward asks; `why` says the reason.
 
     `through` are the module calls that make it, "M#C" in their order, each from what the one before gives; the first
-    takes the saved tensor `source`, "M#C/N". Without them it is made by whichever ops made it, which the simulator
-    does and the engine does not.
+    takes the saved tensor `source`, "M#C/N". Or `block` is the call in which it is saved: the block runs once more
+    from its input `source`, as far as it takes, and makes everything that the plan drops in it, with the random
+    numbers it had. Without either it is made by whichever ops made it, which the simulator does and the engine not.
     """
 
     why: str = ""
     through: tuple[str, ...] = ()
     source: str = ""
+    block: str = ""
     action: Literal["recompute"] = "recompute"
 
 
@@ -257,10 +260,15 @@ class Plan:
                 _check_code(entry, entry.action)
             if isinstance(entry.action, Recompute):
                 again = entry.action
-                if bool(again.through) is not bool(again.source):
+                if bool(again.through or again.block) is not bool(again.source):
                     raise FormatError(f"{entry.saved[0]}: `through` and `source` say together how it is computed again")
-                for text in again.through:
-                    Point.parse(f"end {text}")
+                if again.through and again.block:
+                    raise FormatError(
+                        f"{entry.saved[0]} is computed again through single calls or by a block, not both"
+                    )
+                for text in (*again.through, again.block):
+                    if text:
+                        Point.parse(f"end {text}")
                 if again.source and Point.parse(f"pack {again.source}").kind != "pack":
                     raise FormatError(f"{entry.saved[0]}: source {again.source!r} is no saved tensor")
         lossy = {
@@ -274,6 +282,7 @@ class Plan:
                 source = entry.action.source
                 raise FormatError(f"{entry.saved[0]} comes again from {source}, of which only a code is kept")
         self._check_copies()
+        _check_blocks(self.entries)
         if self.min_bytes < 0 or self.max_inflight_bytes < 0:
             raise FormatError("min_bytes and max_inflight_bytes must not be negative")
 
@@ -312,3 +321,28 @@ def _check_points(entry: Entry, action: Offload | Encode) -> None:
     for text in (action.prefetch_at, action.wait_at):
         if text and Point.parse(text).kind != "unpack":
             raise FormatError(f"{entry.saved[0]}: {text!r} is not in backward")
+
+
+def _check_blocks(entries: Sequence[Entry]) -> None:
+    """A block is computed again as a whole: nothing that a plan computes again may lie inside another's block."""
+    again = [(entry, entry.action) for entry in entries if isinstance(entry.action, Recompute)]
+    blocks = {action.block: Point.parse(f"end {action.block}").module for _, action in again if action.block}
+    dropped = {str(name) for entry, _ in again for name in entry.saved}
+    sources = {action.block: action.source for _, action in again if action.block}
+    for entry, action in again:
+        for text in (*action.through, action.block):
+            inner = Point.parse(f"end {text}").module if text else ""
+            for block, outer in blocks.items():
+                if text and text != block and (inner + ".").startswith(outer + "."):
+                    raise FormatError(f"{text} is computed again inside {block}, which is, too: name one of them")
+        if not action.block:
+            continue
+        for name in entry.saved:
+            if not (name.module + ".").startswith(blocks[action.block] + "."):
+                raise FormatError(f"{name} is not saved inside {action.block}, which is to make it again")
+        if action.source != sources[action.block]:
+            raise FormatError(
+                f"{action.block} starts from {action.source} and from {sources[action.block]}: from which?"
+            )
+        if action.source in dropped:
+            raise FormatError(f"{action.block} starts from {action.source}, which is computed again itself")

@@ -36,7 +36,7 @@ _VERSION = re.compile(r"version|changes")
 _STORAGE = re.compile(r"^(untyped_)?storage$")
 _LOCK = re.compile(r"(^|_)r?lock$")
 _LIMIT = re.compile(r"bound$|budget|limit")
-_NEVER_MOVES = {"holds": True, "_belongs": False}
+_NEVER_MOVES = {"holds": True, "belongs": False}
 
 
 @dataclass(frozen=True)

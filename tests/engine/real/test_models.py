@@ -41,6 +41,16 @@ def test_a_network_that_computes_feature_maps_again(kind: str, name: str, option
 
 
 @pytest.mark.parametrize(("kind", "name", "options"), _parameters())
+def test_a_network_whose_blocks_run_again(kind: str, name: str, options: dict[str, Any]) -> None:
+    """Nothing leaves, so nothing but the bits is compared."""
+    outcome = compare(replace(network(name, options), options={"policy": "recompute-blocks"}), kind)
+    if not outcome.repeats:
+        pytest.skip(f"{name} differs from itself without offload: {outcome.differs}")
+    assert outcome.differs == ""
+    assert outcome.compared > 0
+
+
+@pytest.mark.parametrize(("kind", "name", "options"), _parameters())
 def test_a_network_of_which_codes_are_kept(kind: str, name: str, options: dict[str, Any]) -> None:
     """Signs, masks and indices stand for feature maps, and leave with the rest: still the same bits."""
     _exact(replace(network(name, options), options={"policy": "encode-offload"}), kind)

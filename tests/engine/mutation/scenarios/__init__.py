@@ -1,6 +1,7 @@
 """Small scenarios on the virtual device, each of them right on the engine as it is."""
 
 from tests.engine.mutation.scenarios import (
+    blocks,
     cuda_calls,
     detector,
     encoding,
@@ -18,6 +19,7 @@ __all__ = [
     "SCENARIOS",
     "Scenario",
     "Wrong",
+    "blocks",
     "cuda_calls",
     "detector",
     "encoding",

@@ -1,0 +1,144 @@
+"""Blocks that run again: never from what was changed, never from something else than their input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from tests.engine.mutation.scenarios.base import expect, must_raise, scenario
+from vdnn.values import Entry, Plan, Recompute, SavedName
+
+_CHANGED = "modified by an inplace operation"
+_Inside = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class _Block(nn.Module):
+    """An ELU of something, and its square; `inside` says of what, with the other tensor that the block takes."""
+
+    def __init__(self, inside: _Inside) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        y = nn.functional.elu(self.inside(x, other)) * other.detach()
+        return y * y
+
+
+class _Net(nn.Module):
+    def __init__(self, inside: _Inside, after: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
+        super().__init__()
+        self.block = _Block(inside)
+        self.after = after
+
+    def forward(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        z = self.block(y, other)
+        with torch.no_grad():
+            self.after(y, other)
+        return z.sum()
+
+
+def _plan() -> Plan:
+    # packs of the block: the ELU's input, the product's other factor, the square's two
+    names = [SavedName("block", 0, n, "float32", 1, 64) for n in range(4)]
+    entry = Entry(tuple(names[2:]), 64, Recompute("", (), str(names[0]), "block#0"))
+    return Plan("by hand", "a block", 1, "cpu", "", None, (entry,))
+
+
+def _run(
+    engine: ModuleType | None,
+    inside: _Inside = lambda x, other: x,
+    after: Callable[[torch.Tensor, torch.Tensor], None] = lambda y, other: None,
+    device: Any = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.linspace(-1, 1, 16).requires_grad_()
+    model = _Net(inside, after)
+    if engine is not None:
+        engine.wrap_model(model, device or engine.VirtualDevice(), lambda *_: engine.Schedule(_plan()))
+    loss = model(x, torch.arange(16.0))
+    if engine is not None:
+        expect(engine.engine_of(model).offloader.counts.dropped_storages == 1, "nothing was dropped")
+        engine.unwrap_model(model)
+    return loss, x
+
+
+def _exact(engine: ModuleType, inside: _Inside) -> None:
+    found = []
+    for ours in (engine, None):
+        loss, x = _run(ours, inside)
+        found += torch.autograd.grad(loss, x)
+    expect(torch.equal(*found), "wrong gradients")
+
+
+@scenario
+def a_block_runs_again(engine: ModuleType) -> None:
+    _exact(engine, lambda x, other: x)
+
+
+@scenario
+def a_block_changes_its_input_first(engine: ModuleType) -> None:
+    """By hand, in place: run again from the changed one, it would change it twice."""
+
+    def change(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            x.mul_(1.5)
+        return x
+
+    _exact(engine, change)
+
+
+@scenario
+def a_block_that_saves_something_else_than_its_input(engine: ModuleType) -> None:
+    _exact(engine, lambda x, other: x * 3)
+
+
+@scenario
+def a_block_s_input_is_changed_after(engine: ModuleType) -> None:
+    def change(y: torch.Tensor, other: torch.Tensor) -> None:
+        y.add_(1)
+
+    loss, x = _run(engine, after=change)
+    with must_raise(RuntimeError, _CHANGED):
+        torch.autograd.grad(loss, x)
+
+
+class _Other(nn.Module):
+    """A block whose second tensor autograd does not save: only the block's second run reads it again."""
+
+    def forward(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        y = nn.functional.elu(x) + other
+        return y * y
+
+
+@scenario
+def another_tensor_that_a_block_takes_is_changed_after(engine: ModuleType) -> None:
+    def change(y: torch.Tensor, other: torch.Tensor) -> None:
+        other.add_(1)
+
+    x, other = torch.linspace(-1, 1, 16).requires_grad_(), torch.arange(16.0)
+    model = _Net(lambda x, other: x, change)
+    model.block = _Other()  # type: ignore[assignment]
+    names = [SavedName("block", 0, n, "float32", 1, 64) for n in range(3)]
+    entry = Entry(tuple(names[1:]), 64, Recompute("", (), str(names[0]), "block#0"))
+    plan = Plan("by hand", "a block", 1, "cpu", "", None, (entry,))
+    engine.wrap_model(model, engine.VirtualDevice(), lambda *_: engine.Schedule(plan))
+    loss = model(x, other)
+    engine.unwrap_model(model)
+    with must_raise(RuntimeError, "that a block takes"):
+        torch.autograd.grad(loss, x)
+
+
+@scenario
+def a_block_runs_again_on_another_stream(engine: ModuleType) -> None:
+    device = engine.VirtualDevice()
+    loss, x = _run(engine, device=device)
+    (first,) = torch.autograd.grad(loss, x, retain_graph=True)
+    other = engine.virtual.order.Stream("a second compute stream")
+    with device.stream(other):
+        (second,) = torch.autograd.grad(loss, x)
+    device.finish()
+    expect(torch.equal(first, second), "wrong gradients")

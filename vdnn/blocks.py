@@ -1,0 +1,273 @@
+"""A step in which blocks of modules run a second time in backward, from their inputs, as a trace.
+
+    blocks(trace)            module calls that can be computed again as a whole, and what that lets go of
+    repeated(trace)          those of them that are a model's repeated blocks, the outermost first
+    blocked(trace, plan)     the step under the plan's `Recompute(block=…)` actions
+
+What a block saves stays until the block returns, and goes. Where backward first asks for something of it, the block
+runs again up to the last pack that the plan needs, on copies of its buffers; what it makes on the way and nobody saves
+goes as it did in forward. Names of saved tensors stay as they were, so plans hold for both steps.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from vdnn.errors import PlanMismatchError
+from vdnn.moments import Points
+from vdnn.values.plan import Plan, Point, Recompute
+from vdnn.values.trace import Op, Storage, Trace
+
+__all__ = ["Block", "block_actions", "blocked", "blocks", "repeated"]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A module call, the saved tensor that is its input, and the storages that go; all as indexes in the trace."""
+
+    call: int
+    source: int
+    dropped: tuple[int, ...]
+
+
+def blocks(trace: Trace) -> dict[int, Block]:
+    """The calls of modules with modules inside that can run again from one saved tensor, by call."""
+    inside = _inside(trace)
+    parents = {call.parent for call in trace.modules}
+    saved: dict[int, list[int]] = {}
+    for i, t in enumerate(trace.saved):
+        saved.setdefault(t.storage, []).append(i)
+    found = {}
+    for c, call in enumerate(trace.modules):
+        if c in parents and call.parent >= 0:
+            block = _block(trace, c, inside[c], saved)
+            if block is not None:
+                found[c] = block
+    return found
+
+
+def repeated(trace: Trace) -> list[Block]:
+    """The blocks with a sibling of their type, the outermost first: those that checkpointing is used for."""
+    found: list[Block] = []
+    taken: set[int] = set()
+    kinds: dict[tuple[int, str], int] = {}
+    for call in trace.modules:
+        kinds[call.parent, call.type] = kinds.get((call.parent, call.type), 0) + 1
+    for c, block in blocks(trace).items():
+        call = trace.modules[c]
+        alone = kinds[call.parent, call.type] < 2 or call.type in ("Sequential", "ModuleList", "ModuleDict")
+        outer = call.parent
+        while outer >= 0 and outer not in taken:
+            outer = trace.modules[outer].parent
+        if not alone and outer < 0 and block.dropped:
+            taken.add(c)
+            found.append(block)
+    return found
+
+
+def block_actions(points: Points, block: Block, why: str = "") -> dict[int, Recompute]:
+    """The plan's actions for what this block lets go of, by storage."""
+    call = points.trace.modules[block.call]
+    action = Recompute(why, (), str(points.names[block.source]), f"{call.fqn}#{call.call}")
+    return dict.fromkeys(block.dropped, action)
+
+
+def _inside(trace: Trace) -> list[set[int]]:
+    """For each module call itself and the calls inside it."""
+    found: list[set[int]] = [{c} for c in range(len(trace.modules))]
+    for c in range(len(trace.modules) - 1, -1, -1):
+        parent = trace.modules[c].parent
+        if parent >= 0:
+            found[parent] |= found[c]
+    return found
+
+
+def _block(trace: Trace, c: int, inside: set[int], saved: dict[int, list[int]]) -> Block | None:
+    call = trace.modules[c]
+    begin, end = call.forward_begin, call.forward_end
+    ops = trace.ops[begin:end]
+    if not ops or end > trace.forward_end or any(op.module not in inside for op in ops):
+        return None
+    outer: set[int] = set()
+    for op in ops:
+        for s in op.reads:
+            if trace.storages[s].alloc < begin and trace.storages[s].category not in ("parameter", "buffer"):
+                outer.add(s)
+        if any(trace.storages[w].alloc < begin and trace.storages[w].category != "buffer" for w in op.writes):
+            return None  # it changes its input
+    dropped = tuple(
+        s
+        for s, tensors in saved.items()
+        if begin <= trace.storages[s].alloc < end
+        and trace.storages[s].category == "activation"
+        and trace.storages[s].nbytes
+        and not trace.storages[s].held
+        and trace.storages[s].release < trace.storages[s].need
+        and trace.storages[s].need >= trace.forward_end
+        and all(trace.saved[i].module in inside for i in tensors)
+    )
+    if not dropped:
+        return None
+    need = min(trace.storages[s].need for s in dropped)
+    last_write: dict[int, int] = {}
+    for i, op in enumerate(trace.ops[end:need], end):
+        for s in op.writes:
+            last_write[s] = i
+    sources = [i for s in outer for i in saved.get(s, ()) if trace.saved[i].module in inside]
+    if not sources or any(s in last_write or not trace.storages[s].free > need for s in outer):
+        return None
+    return Block(c, min(sources), dropped)
+
+
+def blocked(trace: Trace, plan: Plan | None) -> Trace:
+    """The step under a plan's `Recompute(block=…)` actions; the trace itself if it has none.
+
+    Raises:
+        PlanMismatchError: the plan names what the trace does not have, or a block that cannot run again.
+    """
+    chosen: dict[str, list[int]] = {}
+    sources: dict[str, str] = {}
+    if plan is not None and any(isinstance(e.action, Recompute) and e.action.block for e in plan.entries):
+        points = Points(trace)
+        for entry in plan.entries:
+            action = entry.action
+            if isinstance(action, Recompute) and action.block:
+                storage = trace.saved[points.find(entry.saved[0])].storage
+                chosen.setdefault(action.block, []).append(storage)
+                sources[action.block] = action.source
+    if not chosen:
+        return trace
+    possible = blocks(trace)
+    found = []
+    for text, dropped in chosen.items():
+        block = possible.get(points.call(f"end {text}"))
+        if block is None:
+            raise PlanMismatchError(f"{text} of {trace.model} cannot run again from one saved tensor")
+        strange = sorted(set(dropped) - set(block.dropped))
+        if strange:
+            raise PlanMismatchError(f"storage {strange[0]} of {trace.model} is not made and saved in {text} alone")
+        place = Point.parse(f"pack {sources[text]}")
+        source = points.saved_at(place.module, place.call, place.index)
+        if source is None or trace.saved[source].storage != trace.saved[block.source].storage:
+            raise PlanMismatchError(f"{text} of {trace.model} does not start from {sources[text]}")
+        found.append(Block(block.call, source, tuple(dropped)))
+    return _Rewriting(trace, points, found).write()
+
+
+class _Rewriting:
+    def __init__(self, trace: Trace, points: Points, found: Sequence[Block]) -> None:
+        self.trace = trace
+        self.points = points
+        need = {block.call: min(trace.storages[s].need for s in block.dropped) for block in found}
+        self.found = sorted(found, key=lambda block: need[block.call])
+        self.at = [need[block.call] for block in self.found]
+        self.new: list[Storage] = []
+        self.life: list[tuple[int, int, int]] = []  # of each: its block, and its first and last place among the ops
+        self.stays: dict[int, int] = {}  # dropped storage → the one that is made again
+        self.batches = [self._again(number, block) for number, block in enumerate(self.found)]
+
+    def _storage(self, like: Storage, number: int, begin: int, end: int, kept: bool = False) -> int:
+        """A storage in the place of another; `end` is -1 for one that backward gets."""
+        self.new.append(replace(like, name="", held="", category=like.category if kept else "temporary"))
+        self.life.append((number, begin, end))
+        return len(self.trace.storages) + len(self.new) - 1
+
+    def _again(self, number: int, block: Block) -> list[Op]:
+        """The block's ops once more, up to the last pack that is needed."""
+        trace, call = self.trace, self.trace.modules[block.call]
+        packs: dict[int, int] = {}
+        saved = set()
+        for t in trace.saved:
+            packs.setdefault(t.storage, t.packed_at)
+            saved.add(t.storage)
+        begin, stop = call.forward_begin, max(packs[s] for s in block.dropped)
+        prefix = f"{call.fqn}."
+        buffers = [i for i, s in enumerate(trace.storages) if s.category == "buffer" and s.name.startswith(prefix)]
+        length = len(buffers) + stop - begin
+        ops: list[Op] = []
+        now: dict[int, int] = {}
+        for i in buffers:
+            nbytes = trace.storages[i].nbytes
+            now[i] = self._storage(trace.storages[i], number, len(ops), length)
+            dims = (max(nbytes // 4, 1), max(nbytes // 4, 1), 0)
+            ops.append(
+                Op("aten.clone.default", "backward", block.call, "copy", "float32", dims, (i,), (now[i],), 0, nbytes,
+                   nbytes, 0)
+            )  # fmt: skip
+        shift = len(buffers) - begin
+        for i, s in enumerate(trace.storages):
+            if begin <= s.alloc < stop:
+                if i in block.dropped:
+                    now[i] = self.stays[i] = self._storage(s, number, s.alloc + shift, -1, kept=True)
+                else:
+                    end = min((s.release if i in saved else s.free) + shift, length)
+                    now[i] = self._storage(s, number, s.alloc + shift, max(end, s.alloc + shift + 1))
+        for op in trace.ops[begin:stop]:
+            reads, writes = (tuple(now.get(s, s) for s in touched) for touched in (op.reads, op.writes))
+            ops.append(replace(op, phase="backward", reads=reads, writes=writes))
+        return ops
+
+    def write(self) -> Trace:
+        trace, points = self.trace, self.points
+        before = [0]
+        for batch in self.batches:
+            before.append(before[-1] + len(batch))
+
+        def moment(position: int) -> int:
+            """A position: what is computed again at it comes after it."""
+            return position + before[bisect_left(self.at, position)]
+
+        def index(op: int) -> int:
+            return op + before[bisect_left(self.at, op + 1)]
+
+        asked: dict[int, list[int]] = {}
+        gone: dict[int, int] = {}
+        for block, position in zip(self.found, self.at, strict=True):
+            asked.setdefault(block.source, []).append(position)
+            gone.update(dict.fromkeys(block.dropped, points.end(block.call)[0]))
+        saved = tuple(
+            replace(
+                t,
+                packed_at=moment(t.packed_at),
+                unpacked_at=tuple(moment(u) for u in sorted({*asked.get(i, ()), *t.unpacked_at})),
+            )
+            for i, t in enumerate(trace.saved)
+        )
+        first = {trace.saved[i].storage: min(positions) for i, positions in asked.items()}
+        storages = []
+        for i, s in enumerate(trace.storages):
+            need = moment(min(s.need, first.get(i, s.need))) if s.need >= 0 else -1
+            alloc, release, free = index(s.alloc) if s.alloc >= 0 else -1, moment(s.release), moment(s.free)
+            if i in self.stays:
+                release = free = moment(max(s.release, gone[i]))
+                need = -1
+            storages.append(replace(s, alloc=alloc, release=release, need=need, free=free))
+        source = {new: old for old, new in self.stays.items()}
+        for i, ((number, begin, end), s) in enumerate(zip(self.life, self.new, strict=True), len(trace.storages)):
+            start = self.at[number] + before[number]
+            free = start + end if end >= 0 else moment(trace.storages[source[i]].free)
+            storages.append(replace(s, alloc=start + begin, release=free, need=-1, free=free))
+        ops: list[Op] = []
+        batches = {position: number for number, position in enumerate(self.at)}
+        if len(batches) < len(self.at):
+            raise PlanMismatchError(f"two blocks of {trace.model} would run again at one moment: plan one of them")
+        for i, op in enumerate(trace.ops):
+            if i in batches:
+                ops += self.batches[batches[i]]
+            if i >= trace.forward_end and any(s in self.stays for s in (*op.reads, *op.writes)):
+                reads, writes = (tuple(self.stays.get(s, s) for s in touched) for touched in (op.reads, op.writes))
+                op = replace(op, reads=reads, writes=writes)
+            ops.append(op)
+        modules = tuple(
+            replace(
+                call,
+                backward_begin=moment(call.backward_begin) if call.backward_begin >= 0 else -1,
+                backward_end=moment(call.backward_end) if call.backward_end >= 0 else -1,
+            )
+            for call in trace.modules
+        )
+        step = replace(trace, ops=tuple(ops), storages=tuple(storages), saved=saved, modules=modules)
+        step.check()
+        return step

@@ -1,0 +1,298 @@
+"""Blocks of modules that run a second time in backward, and make all that the plan dropped in them.
+
+    forward   block begins       the random generators' states are noted
+              packs in it        what the plan drops gets an object each; the memory stays for now
+              block returns      checked: its input is the plan's source, unchanged; then the memory goes
+    backward  first unpack       the source is unpacked, the block runs once more with its hooks on saved tensors: each
+                                 pack is known by (module, call of it in the block, number), and what is wanted is kept
+
+The run stops at the last pack that is wanted. It is the module's own forward with gradients on, so autograd packs what
+it packed before; the graph it builds is dropped. Buffers are copies (statistics are updated once), parameters, mode,
+autocast and random numbers those of forward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from vdnn.calls import Frame, Hook
+from vdnn.engine.device import Device, is_plain
+from vdnn.engine.recomputed import Layout, RecomputedStorage, Rerun
+
+__all__ = ["BlockRun", "BlockStorage"]
+
+_Key = tuple[int, int, int]  # id of the module, call of it in the block, number of the pack in that call
+
+
+class BlockStorage(RecomputedStorage):
+    """One storage that is dropped when its block returns, and made again when the block runs again."""
+
+    __slots__ = ("_layout", "_run", "key")
+
+    def __init__(self, device: Device, source: torch.Tensor, key: _Key, run: BlockRun) -> None:
+        super().__init__(device, source)
+        self.key = key
+        self._layout = Layout(source)
+        self._run = run
+
+    def let_go(self) -> None:
+        """The block is over, and can make it again."""
+        self._alias = None
+
+    def make(self, unpack: Callable[[Any], torch.Tensor]) -> int:
+        """Run the block again: this comes back, and whatever else of it is gone.
+
+        Returns: how many storages came back.
+
+        Raises:
+            RuntimeError: what it is made from was changed in place since, or the block packs something else now.
+            torch.OutOfMemoryError, DeviceOutOfMemory: no room; it may be tried again.
+        """
+        return self._run.again(unpack)
+
+    def take(self, tensor: torch.Tensor) -> None:
+        """That tensor, packed where this was packed, is what it was."""
+        if not is_plain(tensor) or not self._layout.same_form(Layout(tensor)):
+            raise RuntimeError(
+                f"a block that runs again packs {list(tensor.shape)} of {tensor.dtype} with strides "
+                f"{tuple(tensor.stride())} where it packed {list(self._layout.shape)} of {self._layout.dtype} with "
+                f"strides {tuple(self._layout.stride)}. If it depends on more than its input, plan without it"
+            )
+        self._hold(self._device.adopt(tensor, 0, self.nbytes))
+
+
+class BlockRun:
+    """One call of a block, and what it takes to run it again. Its owner makes every call under one lock."""
+
+    __slots__ = (
+        "_args",
+        "_base",
+        "_began",
+        "_kwargs",
+        "_rerun",
+        "_rng",
+        "_source",
+        "_storages",
+        "_taken",
+        "broken",
+        "over",
+    )
+
+    def __init__(self, frame: Frame) -> None:
+        self.broken = ""
+        self.over = False
+        self._began = _versions(frame.args)
+        self._base: dict[int, int] = {}  # first call of each module in the block
+        self._storages: dict[int, weakref.ref[BlockStorage]] = {}  # by plan entry
+        self._rng = _generators()
+        self._source: Any = None  # what the pack hook gave autograd for the block's input
+        self._taken: Layout | None = None
+        self._args: tuple[Any, ...] = ()
+        self._kwargs: dict[str, Any] = {}
+        self._rerun: Rerun | None = None
+
+    # -- forward -----------------------------------------------------------------------------------
+
+    def enters(self, frame: Frame) -> None:
+        """A module call in the block begins."""
+        self._base.setdefault(id(frame.module), frame.call)
+
+    def begins_with(self, packed: Any, tensor: torch.Tensor) -> None:
+        """The block's input was packed."""
+        self._source, self._taken = packed, Layout(tensor)
+
+    def stand_in(
+        self, device: Device, entry: int, frame: Frame, tensor: torch.Tensor
+    ) -> tuple[BlockStorage | None, bool, str]:
+        """What stands for the storage of a plan's entry, whether it is new; None, and why, where nothing can."""
+        weak = self._storages.get(entry)
+        if weak is None:
+            # the pack that goes on is counted already
+            key = (id(frame.module), frame.call - self._base[id(frame.module)], frame.packs - 1)
+            made = BlockStorage(device, tensor, key, self)
+            self._storages[entry] = weakref.ref(made)
+            return made, True, ""
+        known = weak()
+        if known is None or not known.is_of(tensor):
+            return None, False, "another one of its entry is"
+        return known, False, ""
+
+    def ends(self, frame: Frame) -> None:
+        """The block returns: what it saved goes, unless something is not as it must be."""
+        self.broken = self._wrong(frame.module, frame.args, frame.kwargs)
+        self.over = True
+        if self.broken:
+            self._source = None
+            return
+        first, *others = frame.args
+        self._rerun = Rerun(frame.module, first.device.type)
+        self._args = (_Placeholder(Layout(first), first.requires_grad), *(_kept(arg) for arg in others))
+        self._kwargs = {name: _kept(arg) for name, arg in frame.kwargs.items()}
+        for weak in self._storages.values():
+            storage = weak()
+            if storage is not None:
+                storage.let_go()
+
+    def _wrong(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        name = type(module).__name__
+        if not args or not is_plain(args[0]):
+            return f"a {name} does not take its input as its first argument"
+        if _versions(args) != self._began:
+            return f"a {name} changes its input"
+        if self._taken is None or not self._taken.holds(Layout(args[0])):
+            return f"a {name} saves another tensor than its input"
+        if not all(is_plain(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)):
+            return f"a {name} takes tensors of a kind of their own"
+        if not all(is_plain(p) for p in (*module.parameters(), *module.buffers())):
+            return f"a {name} has parameters of a kind of their own"
+        if any(not isinstance(h, Hook) for m in module.modules() for h in m._forward_pre_hooks.values()):
+            return f"a {name} has forward hooks, which would run a second time"
+        if any(not isinstance(h, Hook) for m in module.modules() for h in m._forward_hooks.values()):
+            return f"a {name} has forward hooks, which would run a second time"
+        return ""
+
+    # -- backward ----------------------------------------------------------------------------------
+
+    def again(self, unpack: Callable[[Any], torch.Tensor]) -> int:
+        """Run the block again, for whatever of it is wanted and gone; so many storages."""
+        assert self._rerun is not None
+        assert self._taken is not None
+        found = [weak() for weak in self._storages.values()]
+        living = [storage for storage in found if storage is not None and storage.dropped]
+        wanted = {storage.key: storage for storage in living}
+        source = unpack(self._source)
+        first, *others = self._args
+        given = first.layout.of(source, self._taken).detach().requires_grad_(first.requires_grad)
+        args = (given, *tree_map_only(_Held, _Held.get, tuple(others)))
+        kwargs = tree_map_only(_Held, _Held.get, self._kwargs)
+        collector = _Collector(self._rerun.module, wanted)
+        with _random_as(self._rng), collector.watching(), contextlib.suppress(_Enough):
+            self._rerun.run(args, kwargs, grad=True)
+        if wanted:
+            name = type(self._rerun.module).__name__
+            raise RuntimeError(
+                f"a {name} that runs again does not pack {len(wanted)} of the tensors that it packed in forward. If it "
+                "depends on more than its input, plan without it"
+            )
+        self._source = self._rerun = None  # nothing of it is gone any more
+        self._args, self._kwargs = (), {}
+        return len(living)
+
+
+class _Placeholder:
+    """Stands for the block's input until it is unpacked."""
+
+    __slots__ = ("layout", "requires_grad")
+
+    def __init__(self, layout: Layout, requires_grad: bool) -> None:
+        self.layout = layout
+        self.requires_grad = requires_grad
+
+
+class _Held:
+    """Another tensor that the block takes, kept as it is: autograd holds what made it as long as the block's graph."""
+
+    __slots__ = ("_tensor", "_version")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+        self._version = tensor._version
+
+    def get(self) -> torch.Tensor:
+        tensor = self._tensor
+        if tensor._version != self._version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: a "
+                f"tensor {list(tensor.shape)} that a block takes, which runs again, is at version {tensor._version}; "
+                f"expected version {self._version} instead"
+            )
+        return tensor
+
+
+def _versions(args: tuple[Any, ...]) -> list[int]:
+    return [leaf._version for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+
+
+def _kept(value: Any) -> Any:
+    return tree_map_only(torch.Tensor, _Held, value)
+
+
+class _Enough(Exception):
+    """Everything that is wanted has been packed."""
+
+
+class _Collector:
+    """Knows each pack of a run by its place, as in forward, and keeps those that are wanted."""
+
+    def __init__(self, root: nn.Module, wanted: dict[_Key, BlockStorage]) -> None:
+        self._known = {id(module) for module in root.modules()}
+        self._wanted = wanted
+        self._counts: dict[int, int] = {id(root): 1}
+        self._frames = [[id(root), 0, 0]]
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        before = register_module_forward_pre_hook(self._begin)
+        after = register_module_forward_hook(self._end, always_call=True)
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(self._pack, _never):
+                yield
+        finally:
+            before.remove()
+            after.remove()
+
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        if id(module) in self._known:
+            call = self._counts.get(id(module), 0)
+            self._counts[id(module)] = call + 1
+            self._frames.append([id(module), call, 0])
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        if id(module) in self._known:
+            self._frames.pop()
+
+    def _pack(self, tensor: torch.Tensor) -> None:
+        frame = self._frames[-1]
+        storage = self._wanted.pop((frame[0], frame[1], frame[2]), None)
+        frame[2] += 1
+        if storage is not None:
+            storage.take(tensor)
+            if not self._wanted:
+                raise _Enough
+
+
+def _never(packed: None) -> torch.Tensor:
+    raise RuntimeError("the graph of a block's second run is never run backward")
+
+
+def _generators() -> list[torch.Tensor]:
+    """The states of the random generators that a block may draw from."""
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_initialized():
+        states.append(torch.cuda.get_rng_state())
+    return states
+
+
+@contextlib.contextmanager
+def _random_as(states: list[torch.Tensor]) -> Iterator[None]:
+    """The random generators in these states inside, and as they were after."""
+    now = _generators()
+    _set_generators(states)
+    try:
+        yield
+    finally:
+        _set_generators(now)
+
+
+def _set_generators(states: list[torch.Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1])
