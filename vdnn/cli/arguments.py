@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from vdnn import api, trace_cache
+from vdnn.cli.starting import importing
 from vdnn.errors import UsageError
 from vdnn.values import Node, Recipe, RunResult, Trace
 from vdnn.values import load as load_value
@@ -154,7 +155,8 @@ def trace_of(
     found = trace_cache.known(key)
     if found is None:
         with busy(f"capturing {model}"):
-            work = api.load(model, batch, **options)
+            with importing():
+                work = api.load(model, batch, **options)
             found = api.capture(work, precision=precision, optimizer=optimizer, device=device, recipe=recipe)
         trace_cache.keep(key, found)
     if seen is not None:

@@ -14,15 +14,17 @@ For processes of the command line alone: whoever imports vdnn gets torch as it i
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import importlib
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
-__all__ = ["without_compiler"]
+__all__ = ["importing", "without_compiler"]
 
 _NAME = "torch._dynamo"
 _UTILS, _SOURCE = f"{_NAME}.utils", f"{_NAME}.source"
@@ -32,6 +34,17 @@ def without_compiler() -> None:
     """Serve the stand-in from now on, if torch is not loaded yet."""
     if "torch" not in sys.modules:
         sys.meta_path.insert(0, _Finder())
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Import much at once: what comes of it stays, so that the garbage collector need not look at it, now or later."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
