@@ -195,7 +195,7 @@ def max_batch(
     from vdnn.units import parse_size
 
     machine = named_hardware(hardware)
-    there = machine.memory_bytes if memory is None else parse_size(memory)
+    there = machine.available_bytes if memory is None else parse_size(memory)
     given = {**options_of(policy), **(model_options or {})}
     found = {} if traces is None else traces
 

@@ -310,6 +310,7 @@ def machine_of(device: Device) -> Hardware:
         return replace(
             rates,
             memory_bytes=device.memory_bytes or rates.memory_bytes,
+            context_bytes=0,  # a virtual device has no CUDA beside
             d2h_bytes_per_s=device.d2h_bytes_per_s,
             h2d_bytes_per_s=device.h2d_bytes_per_s,
             duplex_bytes_per_s=both,

@@ -19,6 +19,7 @@ NUMBERS = [
     *("memory_bytes", "peaks", "dram_bytes_per_s", "d2h_bytes_per_s", "h2d_bytes_per_s", "duplex_bytes_per_s"),
     *("link_latency_ns", "launch_ns", "kernel_ns", "nvlink_bytes_per_s", "efficiencies"),
     *("sm_count", "l2_bytes", "power_watts", "process_nm"),
+    *("context_bytes", "cublas_workspace_bytes"),
 ]
 
 

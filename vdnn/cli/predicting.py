@@ -184,7 +184,7 @@ def simulate(
         from vdnn.sim.allocator_snapshot import step_snapshot
         from vdnn.snapshots import save_snapshot
 
-        memory = limit or hardware(gpu).memory_bytes
+        memory = limit or hardware(gpu).available_bytes
         step, _ = data_parallel(planned(trace, made), node)
         save_snapshot(step_snapshot(step, resolve(made, step), memory, result.timeline), memory_snapshot)
         typer.echo(f"Wrote {memory_snapshot}", err=True)

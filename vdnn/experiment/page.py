@@ -135,5 +135,5 @@ def _draw_one(kind: str, case: Case, result: RunResult, results: dict[Case, RunR
         assert isinstance(trace, Trace)
         return plots.layers_figure(plan, trace)
     return plots.memory_figure(
-        result, baseline_of(result, results.values()), capacity_bytes=hardware(case.gpu).memory_bytes
+        result, baseline_of(result, results.values()), capacity_bytes=hardware(case.gpu).available_bytes
     )

@@ -31,7 +31,7 @@ def budgeted_plan(policy: str, trace: Trace, hardware: Hardware, options: Option
     Raises:
         InfeasibleError: of vdnn-dyn, the pass with the least memory does not fit.
     """
-    there = options.budget_bytes or hardware.memory_bytes
+    there = options.budget_bytes or hardware.available_bytes
     budget = there
     for _ in range(_TRIES):
         try:

@@ -33,7 +33,7 @@ _ROUNDS = 12
 @register("capuchin")
 def capuchin(trace: Trace, hardware: Hardware, options: Options) -> Plan:
     """Swaps and recomputes as much as it takes to fit into the budget, or the machine's memory."""
-    budget = options.budget_bytes or hardware.memory_bytes
+    budget = options.budget_bytes or hardware.available_bytes
     items = {item.storage: item for item in survey(trace, options)}
     ranked = _ranked(trace, hardware, [item for item in items.values() if item.movable])
     wanted = peak(trace).nbytes - budget

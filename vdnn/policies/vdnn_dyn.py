@@ -66,7 +66,7 @@ class _Passes:
         self.trace = trace
         self.hardware = hardware
         self.options = options
-        self.budget = options.budget_bytes or hardware.memory_bytes
+        self.budget = options.budget_bytes or hardware.available_bytes
         self.peak = hardware.peak("float32")
         self.log: list[str] = []
         self.plans: dict[str, Plan] = {}

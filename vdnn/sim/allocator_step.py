@@ -8,8 +8,10 @@ A fetched buffer is made on the compute stream, and a storage is released after 
 no block waits for another stream, and only program order decides. A buffer of one side stream for both ways is made on
 that stream, from blocks of its own, and freed when that stream has waited for compute.
 
-The step runs once, from an allocator that holds what was there before it. What an earlier step may have cached in
-other places, and what CUDA itself takes, are not in it.
+A training's first step runs, then one more (vdnn.sim.first_step): the second finds the segments, and the holes, that
+the first one left. What CUDA itself takes is not in it: it is not torch's allocator's.
+
+A workspace that cannot be had is done without: cuDNN takes its next algorithm, which needs less.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from dataclasses import dataclass
 from vdnn.errors import DeviceOutOfMemory
 from vdnn.moments import Move, released_at
 from vdnn.sim.allocator import AddressSpace, AllocatorOptions, CachingAllocator
+from vdnn.sim.first_step import first_step, later_step
 from vdnn.sim.program import FETCH, RELEASE, actions
 from vdnn.values.trace import Trace
 
@@ -32,14 +35,15 @@ SIDE = 1  # the stream that a hook of torchtune makes its buffers on
 class Script:
     """Allocations and frees in program order: `calls` holds k to make piece k, and ~k to free it.
 
-    Pieces are the trace's storages, then a buffer for each move, then a workspace for each op. `positions` says
-    where in the step each call is made; -1: before it.
+    Pieces are the trace's storages, then a buffer for each move, then a workspace for each op (from `workspaces` on).
+    `positions` says where in the step each call is made; -1: before it.
     """
 
     sizes: list[int]
     calls: list[int]
     positions: list[int]
     streams: dict[int, int]
+    workspaces: int
 
     @staticmethod
     def of(trace: Trace, moves: Sequence[Move]) -> Script:
@@ -93,22 +97,23 @@ class Script:
                 here += (workspaces + p, ~(workspaces + p))
             calls += here
             positions += [p] * len(here)
-        return Script(sizes, calls, positions, streams)
+        return Script(sizes, calls, positions, streams, workspaces)
 
 
 @dataclass(frozen=True, slots=True)
 class StepMemory:
-    """What the allocator made of a step.
+    """What the allocator made of the steps.
 
     Peaks are those of the run within the memory, if it fits; else of a run with unbounded memory. `retries` counts
-    allocations that had to wait for cached segments to be given back; `failed_at` is the position (-1: before the
-    step) at which memory ran out, and `failure` what was missing.
+    allocations that had to wait for cached segments to be given back, `without` workspaces that were not to be had;
+    `failed_at` is the position (-1: before the step) at which memory ran out, and `failure` what was missing.
     """
 
     peak_allocated_bytes: int
     peak_reserved_bytes: int
     fits: bool
     retries: int
+    without: int
     failed_at: int | None
     failure: str
     allocator: CachingAllocator
@@ -120,37 +125,68 @@ def step_memory(
     capacity: int,
     options: AllocatorOptions | None = None,
 ) -> StepMemory:
-    """Run a step's allocations with `capacity` bytes as the limit; and without one, if they do not fit."""
+    """Run the allocations of two steps with `capacity` bytes as the limit; and without one, if they do not fit."""
     script = Script.of(trace, moves)
+    steps = (first_step(trace, script), later_step(trace, script))
     allocator = CachingAllocator(AddressSpace(capacity), options)
     failed_at, failure = None, ""
-    retries = 0
-    failed = _play(script, allocator)
-    if failed is not None:
-        call, failure = failed
-        failed_at = script.positions[call]
-        allocator = CachingAllocator(AddressSpace(), options)
-        _play(script, allocator)
-    else:
+    retries = without = 0
+    try:
+        without = _play(steps, script, allocator)
         retries = allocator.num_alloc_retries
+    except _Failed as failed:
+        failed_at, failure = failed.position, str(failed)
+        allocator = CachingAllocator(AddressSpace(), options)
+        _play(steps, script, allocator)
     total = allocator.total
     return StepMemory(
-        total.allocated_bytes_peak, total.reserved_bytes_peak, failed is None, retries, failed_at, failure, allocator
+        total.allocated_bytes_peak,
+        total.reserved_bytes_peak,
+        failed_at is None,
+        retries,
+        without,
+        failed_at,
+        failure,
+        allocator,
     )
 
 
-def _play(script: Script, allocator: CachingAllocator) -> tuple[int, str] | None:
-    """Make every call; the number of the one that fails, and what the allocator says."""
+class _Failed(Exception):
+    """Memory ran out at a position of a step."""
+
+    def __init__(self, position: int, what: str) -> None:
+        super().__init__(what)
+        self.position = position
+
+
+def _play(steps: Sequence[tuple[list[int], list[int]]], script: Script, allocator: CachingAllocator) -> int:
+    """Make every call; how many workspaces could not be had.
+
+    Raises:
+        _Failed: a call that cannot be made.
+    """
     malloc, free, sizes, streams = allocator.malloc, allocator.free, script.sizes, script.streams
-    addresses = [0] * len(sizes)
-    made = 0
-    try:
-        for piece in script.calls:
-            if piece >= 0:
-                addresses[piece] = malloc(sizes[piece], streams.get(piece, 0))
-            else:
-                free(addresses[~piece])
-            made += 1
-    except DeviceOutOfMemory as error:
-        return made, str(error)
-    return None
+    flush = len(sizes)
+    addresses = [0] * flush
+    without = 0
+    for calls, positions in steps:
+        made = 0
+        while made < len(calls):
+            try:
+                for piece in calls[made:]:
+                    if piece < 0:
+                        if addresses[~piece]:
+                            free(addresses[~piece])
+                    elif piece == flush:
+                        allocator.empty_cache()
+                    else:
+                        addresses[piece] = malloc(sizes[piece], streams.get(piece, 0))
+                    made += 1
+            except DeviceOutOfMemory as error:
+                piece = calls[made]
+                if piece < script.workspaces:
+                    raise _Failed(positions[made], str(error)) from None
+                addresses[piece] = 0
+                without += 1
+                made += 1
+    return without

@@ -5,8 +5,9 @@
     allocated, reserved, and whether it fits   vdnn.sim.allocator_step: the CUDA caching allocator as a model
     time from streams and the link             vdnn.sim.run
 
-`fits` is what the allocator says with the GPU's memory (or the limit given) as its limit: cached segments are given
-back and the allocation is tried again, as on a device. What CUDA and its libraries take beside is not in it.
+`fits` is what the allocator says with the GPU's memory less CUDA's context (or the limit given) as its limit: cached
+segments are given back and the allocation is tried again, as on a device. What cuBLAS and cuDNN take from the allocator
+is added here (vdnn.sim.workspaces), since it depends on the GPU.
 Where the plan names convolution algorithms, their table gives the time and the workspace of each. Under the regime
 "paper" the step is Torch7's (vdnn.torch7) and `fits` is the paper's criterion: requested bytes against the memory; what
 one best-fit pool makes of the step (vdnn.sim.pool: cnmem's, which vDNN used) is a note.
@@ -30,6 +31,7 @@ from vdnn.sim.pinned import pinned_bytes
 from vdnn.sim.pool import run_pool
 from vdnn.sim.recorder import Recorder
 from vdnn.sim.run import Run, run
+from vdnn.sim.workspaces import with_libraries
 from vdnn.torch7 import Regime, under
 from vdnn.units import format_bytes, format_ns
 from vdnn.values.hardware import Hardware
@@ -70,7 +72,7 @@ def simulate_step(
     hardware = share_of(hardware, node)
     moves = resolve(plan, step)
     chosen = offers_of(plan, step, hardware.peak("float32"))
-    trace = with_workspaces(step, chosen)
+    trace = with_workspaces(with_libraries(step, hardware) if regime == "pytorch" else step, chosen)
     recorder = Recorder(trace, moves) if timeline else None
     op_ns = times_with(trace, hardware, chosen, plan.algorithm_table if plan else "")
     paper = regime == "paper" or bool(plan and plan.algorithm_table)
@@ -79,8 +81,9 @@ def simulate_step(
     times = run(trace, moves, op_ns, hardware, recorder, buckets, ring, host_ns)
     spread = None if paper or hardware.timings else fitted().spread(hardware.id)
     most = peak(trace, moves)
-    capacity = hardware.memory_bytes if memory_limit is None else memory_limit
-    memory = step_memory(trace, moves, capacity) if trace.device != "cpu" and regime == "pytorch" else None
+    allocates = trace.device != "cpu" and regime == "pytorch"
+    capacity = memory_limit or (hardware.available_bytes if allocates else hardware.memory_bytes)
+    memory = step_memory(trace, moves, capacity) if allocates else None
     fits = memory.fits if memory else most.nbytes <= capacity
     notes = list(plan.notes if plan else ())
     copied_bytes = max(host_bytes(trace, moves), default=0)
@@ -145,9 +148,12 @@ def _memory_notes(trace: Trace, memory: StepMemory | None, capacity: int) -> lis
         n = len(trace.ops)
         where = "before the step" if memory.failed_at < 0 else f"at {op_text(trace, min(memory.failed_at, n - 1))}"
         return [f"out of memory with {limit}: {where}; the peaks are those of unbounded memory"]
+    notes = []
+    if memory.without:
+        notes.append(f"in {limit} {memory.without} convolutions find no room for cuDNN's workspace, and run slower")
     if memory.retries:
-        return [f"fits into {limit} because cached segments are given back {memory.retries} times, each a pause"]
-    return []
+        notes.append(f"fits into {limit} because cached segments are given back {memory.retries} times, each a pause")
+    return notes
 
 
 def _pool_notes(trace: Trace, moves: Sequence[Move], capacity: int) -> list[str]:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from vdnn.tracing import attention, autocast, rnn
+from vdnn.tracing import attention, autocast, hidden, rnn
 from vdnn.tracing.attention import attend, attend_in_parts
 
 __all__ = ["as_on_cuda", "rules", "said"]
@@ -32,6 +32,7 @@ _CUDNN_BATCH = 880801  # largest batch of cuDNN's batch norm in training
 def said(place: str, amp: bool, recurrent: bool, math: bool = False) -> list[str]:
     """What a trace must say about a CUDA step captured on fake tensors of `place`."""
     found = [attention.SAID_MATH if math else attention.SAID]
+    found.append(hidden.SAID)
     if recurrent:
         found.append(rnn.SAID)
     if place == "cpu":

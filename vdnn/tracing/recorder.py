@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from vdnn.tracing.hidden import hidden_copies
 from vdnn.tracing.kernels import describe, touched_bytes
 from vdnn.tracing.shortcuts import shortcut
 from vdnn.values import Op
@@ -44,10 +45,11 @@ _DEVICE = torch.ops.prim.device.default
 class Recorder(TorchDispatchMode):
     """A dispatch mode above the fake one."""
 
-    def __init__(self, device: str, rules: dict[Any, Any], mode: FakeTensorMode) -> None:
+    def __init__(self, device: str, rules: dict[Any, Any], mode: FakeTensorMode, copies: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
         self.mode = mode
+        self.copies = copies  # whether kernels copy what is not contiguous, as CUDA's do
         self.rules = rules  # ops that run otherwise than torch has it
         self.ops: list[Op] = []
         self.stores: list[Store] = []
@@ -140,7 +142,7 @@ class Recorder(TorchDispatchMode):
                 flops=flops,
                 read_bytes=0 if kernel == "view" else sum(map(touched_bytes, ins)),
                 written_bytes=0 if kernel == "view" else sum(map(touched_bytes, written)),
-                workspace_bytes=0,
+                workspace_bytes=hidden_copies(str(func), ins) if self.copies and kernel != "view" else 0,
             )
         )
         return out

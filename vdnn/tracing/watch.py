@@ -77,12 +77,14 @@ class _Direct:
 class Watch:
     """One capture in progress."""
 
-    def __init__(self, model: nn.Module, device: str, mode: FakeTensorMode, rules: dict[Any, Any]) -> None:
+    def __init__(
+        self, model: nn.Module, device: str, mode: FakeTensorMode, rules: dict[Any, Any], copies: bool = False
+    ) -> None:
         self.mode = mode
         self.model = model
         self.device = device  # of the fake tensors
         self.recurrent = False
-        self.recorder = Recorder(device, rules, mode)
+        self.recorder = Recorder(device, rules, mode, copies)
         self.calls: list[list[Any]] = []
         self.saved: list[Packed] = []
         self.standins: list[weakref.ref[_StandIn] | None] = []

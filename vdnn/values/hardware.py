@@ -64,7 +64,9 @@ class Timing:
 class Hardware:
     """One GPU with its link to the host.
 
-    `memory_bytes` is what a process can allocate; bandwidths are bytes a second; `duplex_bytes_per_s` is
+    `memory_bytes` is the card's memory as nvidia-smi shows it, `context_bytes` what of it a process never gets for its
+    tensors: the driver's share, the CUDA context, the kernels of its libraries. `cublas_workspace_bytes` is what torch
+    allocates for cuBLAS in each thread that multiplies matrices. Bandwidths are bytes a second; `duplex_bytes_per_s` is
     what both directions of the link carry together when both are busy. `launch_ns` is the host's time to
     issue one op, `kernel_ns` the least time of a kernel on the device. `nvlink_bytes_per_s` is what NVLink carries
     between the GPUs of a node, each way, from each of them; 0 where there is none.
@@ -96,6 +98,13 @@ class Hardware:
     l2_bytes: int | None = None
     power_watts: int | None = None
     process_nm: int | None = None
+    context_bytes: int = 0
+    cublas_workspace_bytes: int = 8_519_680
+
+    @property
+    def available_bytes(self) -> int:
+        """What torch's allocator can have."""
+        return self.memory_bytes - self.context_bytes
 
     def peak(self, dtype: str) -> int:
         """Flops a second for a dtype; an unknown dtype runs at fp32's rate."""
@@ -121,13 +130,24 @@ class Hardware:
         ):
             if getattr(self, name) <= 0:
                 raise FormatError(f"hardware {self.id!r}: {name} is {getattr(self, name)}, it must be more than 0")
-        for name in ("link_latency_ns", "launch_ns", "kernel_ns", "nvlink_bytes_per_s"):
+        for name in (
+            "link_latency_ns",
+            "launch_ns",
+            "kernel_ns",
+            "nvlink_bytes_per_s",
+            "context_bytes",
+            "cublas_workspace_bytes",
+        ):
             if getattr(self, name) < 0:
                 raise FormatError(f"hardware {self.id!r}: {name} is {getattr(self, name)}, it must not be negative")
         for name in ("sm_count", "l2_bytes", "power_watts", "process_nm"):
             number = getattr(self, name)
             if number is not None and number <= 0:
                 raise FormatError(f"hardware {self.id!r}: {name} is {number}, it must be more than 0, or left out")
+        if self.context_bytes >= self.memory_bytes:
+            raise FormatError(
+                f"hardware {self.id!r}: context_bytes is {self.context_bytes}, which leaves nothing of memory_bytes"
+            )
         if not any(p.dtype == "float32" for p in self.peaks):
             raise FormatError(f"hardware {self.id!r} has no float32 peak")
         for p in self.peaks:

@@ -1,0 +1,54 @@
+"""Device memory that CUDA's libraries take from torch's allocator: it depends on the GPU, so no trace has it.
+
+cuBLAS    one workspace for each thread that multiplies matrices, kept as long as the process: the forward's thread
+          and autograd's (aten/src/ATen/cuda/CublasHandlePool.cpp: 8,519,680 bytes, on Hopper 33,554,432)
+cuDNN     its tensor-core kernels read and write NHWC: for NCHW tensors input, kernel and output are transposed into
+          the workspace first. Depthwise convolutions are torch's own kernels, or need none.
+
+What cuDNN's algorithms take beyond those transposed tensors (Winograd's and FFT's transformed tiles, partial sums of
+the weights' gradient) is not modelled, nor that cudnn.benchmark may choose one of them. None of it decides whether a
+step fits: where a workspace cannot be had, torch takes the next algorithm (vdnn.sim.allocator_step).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from vdnn.values.hardware import Hardware
+from vdnn.values.trace import Op, Storage, Trace
+
+__all__ = ["with_libraries"]
+
+_WIDTH = {"float16": 2, "bfloat16": 2, "float32": 4}
+
+
+def with_libraries(trace: Trace, hardware: Hardware) -> Trace:
+    """The step with the libraries' workspaces on this machine; one of another device than CUDA as it is."""
+    if trace.device != "cuda":
+        return trace
+    ops = trace.ops if trace.channels_last else tuple(_with_workspace(op, hardware) for op in trace.ops)
+    n = len(ops)
+    threads = {op.phase for op in ops if op.kernel == "matmul" and op.phase != "optimizer"}
+    held = tuple(
+        Storage(hardware.cublas_workspace_bytes, "temporary", f"cuBLAS workspace, {phase}", -1, n, -1, n, "cuBLAS")
+        for phase in sorted(threads)
+        if hardware.cublas_workspace_bytes
+    )
+    return replace(trace, ops=ops, storages=trace.storages + held)
+
+
+def _with_workspace(op: Op, hardware: Hardware) -> Op:
+    nbytes = _transposed_bytes(op, hardware) if op.kernel == "conv" else 0
+    return replace(op, workspace_bytes=op.workspace_bytes + nbytes) if nbytes else op
+
+
+def _transposed_bytes(op: Op, hardware: Hardware) -> int:
+    """Input, kernel and output of a convolution on tensor cores; in backward the two gradients come one by one."""
+    rate = hardware.peak({"float32": "tf32"}.get(op.dtype, op.dtype))
+    if op.dtype not in _WIDTH or len(op.dims) < 7 or rate <= hardware.peak("float32"):
+        return 0
+    batch, c_in, c_out, groups, out_pixels, kernel_pixels, in_pixels = op.dims[:7]
+    if groups > 1 and groups == c_in:
+        return 0
+    elements = batch * (c_in * in_pixels + c_out * out_pixels) + c_in // groups * c_out * kernel_pixels
+    return elements * _WIDTH[op.dtype]
