@@ -21,6 +21,7 @@ from vdnn.moments import resolve
 from vdnn.policies import Options, decide
 from vdnn.sim import simulate_step
 from vdnn.sim.run import run
+from vdnn.sim.workspaces import with_libraries
 from vdnn.synthetic import Tape, conv_chain
 from vdnn.values import Copy, Entry, Keep, Offload, Plan, Trace, dumps, hardware, loads
 
@@ -231,7 +232,7 @@ def test_a_peers_step_keeps_order_and_account(trace, machine):
             if event.where == "device":
                 now += event.nbytes
                 most = max(most, now)
-        assert most >= result.peak_requested_bytes == max(requested(trace, moves), default=0)
+        assert most >= result.peak_requested_bytes == max(requested(with_libraries(trace, machine), moves), default=0)
 
 
 @pytest.mark.parametrize("policy", PEERS)

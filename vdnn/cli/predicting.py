@@ -182,11 +182,14 @@ def simulate(
         from vdnn.encoding import planned
         from vdnn.moments import resolve
         from vdnn.sim.allocator_snapshot import step_snapshot
+        from vdnn.sim.workspaces import with_libraries
         from vdnn.snapshots import save_snapshot
 
         memory = limit or hardware(gpu).available_bytes
         step, _ = data_parallel(planned(trace, made), node)
-        save_snapshot(step_snapshot(step, resolve(made, step), memory, result.timeline), memory_snapshot)
+        moves = resolve(made, step)
+        step = with_libraries(step, hardware(gpu))
+        save_snapshot(step_snapshot(step, moves, memory, result.timeline), memory_snapshot)
         typer.echo(f"Wrote {memory_snapshot}", err=True)
 
 

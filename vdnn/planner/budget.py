@@ -26,6 +26,7 @@ from vdnn.policies.plans import make_plan
 from vdnn.recomputing import recomputed
 from vdnn.sim import simulate_step
 from vdnn.sim.allocator_step import step_memory
+from vdnn.sim.workspaces import held_bytes, with_libraries
 from vdnn.units import format_bytes, format_ns
 from vdnn.values.hardware import Hardware
 from vdnn.values.plan import Offload, Plan, Recompute
@@ -103,7 +104,8 @@ def best_plan(
         bound = Bound(without.iteration_time_ns or 0, "the step fits as it is", True, {}, {})
         return Planned(trace, plan, replace(without, policy="budget", plan=plan.fingerprint()), bound, without)
     op_ns = times_with(trace, hardware, {}, "")
-    bound = time_bound(trace, hardware, op_ns, budget_bytes, seconds=seconds)
+    room = max(budget_bytes - held_bytes(trace, hardware), 1)
+    bound = time_bound(trace, hardware, op_ns, room, seconds=seconds)
     found: list[tuple[Trace, Plan, RunResult]] = []
     for step in (trace, blocks):
         if step is not None:
@@ -157,7 +159,8 @@ def _candidates(trace: Trace, hardware: Hardware, options: Options, budget: int)
 
 def _searched(search: Search, budget: int, seconds: float) -> Iterator[Plan]:
     """Plans of the search, the best first; the last needs the least memory."""
-    target = budget if search.trace.device == "cpu" else budget * 15 // 16
+    room = max(budget - held_bytes(search.trace, search.hardware), 1)
+    target = room if search.trace.device == "cpu" else room * 15 // 16
     seeds = sorted(search.seeds(target, seconds), key=lambda seed: seed.found.rank)
     fitting = [found for seed in seeds[:_STARTS] if (found := search.refit(seed, budget)) is not None]
     if not fitting:

@@ -24,6 +24,7 @@ from vdnn.policies.candidates import survey
 from vdnn.recomputing import recompute
 from vdnn.sim.allocator_step import step_memory
 from vdnn.sim.run import run
+from vdnn.sim.workspaces import with_libraries
 from vdnn.values.hardware import Hardware
 from vdnn.values.trace import Trace
 
@@ -130,7 +131,8 @@ class Search:
         if self.trace.device == "cpu":
             return True
         self.work += 4 * len(self.trace.ops)
-        return step_memory(self.step(found.dropped)[0].trace, found.schedule.moves, budget).fits
+        step = with_libraries(self.step(found.dropped)[0].trace, self.hardware)
+        return step_memory(step, found.schedule.moves, budget).fits
 
     def fewest(self, dropped: frozenset[int], ordered: Sequence[Parcel], target: int, ahead: int) -> Found:
         """The shortest head of the list with which the step meets the target, if that were monotone; else all."""

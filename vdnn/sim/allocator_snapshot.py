@@ -1,7 +1,8 @@
-"""A simulated step as a PyTorch memory snapshot: what `torch.cuda.memory._snapshot()` would return after it.
+"""Two simulated steps as a PyTorch memory snapshot: what `torch.cuda.memory._snapshot()` would return after them.
 
 The viewer at pytorch.org/memory_viz, `torch.cuda._memory_viz` and `vdnn replay` read it. Where torch has the Python
-stack of an allocation, there stands the trace's op and module. A step that does not fit ends with its "oom" event.
+stack of an allocation, there stands the trace's op and module. The steps are a training's first and the next
+(vdnn.sim.first_step); one that does not fit ends with its "oom" event.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from vdnn.liveness import op_text
 from vdnn.moments import Move, Points
 from vdnn.sim.allocator import AddressSpace, AllocatorOptions, CachingAllocator
 from vdnn.sim.allocator_step import Script
+from vdnn.sim.first_step import first_step, later_step
 from vdnn.values.timeline import Timeline
 from vdnn.values.trace import Trace
 
@@ -29,9 +31,10 @@ def step_snapshot(
     timeline: Timeline | None = None,
     options: AllocatorOptions | None = None,
 ) -> dict[str, Any]:
-    """Run a step's allocations within `capacity` bytes, and write down every event of the allocator.
+    """Run the allocations of two steps within `capacity` bytes, and write down every event of the allocator.
 
-    With a timeline of the same run, events get its times (µs), else they are numbered.
+    With a timeline of the same run, events get its times (µs), those of the second step after the first, else they are
+    numbered.
 
     Raises:
         UsageError: the step is not one of a CUDA device.
@@ -43,25 +46,35 @@ def step_snapshot(
     history = allocator.history = []
     names = _Names(trace, moves)
     addresses = [0] * len(script.sizes)
-    positions: list[int] = []
-    try:
-        for call, position in zip(script.calls, script.positions, strict=True):
+    positions: list[tuple[int, int]] = []  # of each event: the step, and where in it
+    for step, (calls, places) in enumerate((first_step(trace, script), later_step(trace, script))):
+        for call, position in zip(calls, places, strict=True):
             piece = call if call >= 0 else ~call
             allocator.context = str(piece)
-            if call >= 0:
-                addresses[piece] = allocator.malloc(script.sizes[piece], script.streams.get(piece, 0))
-            else:
-                allocator.free(addresses[piece])
-            positions += [position] * (len(history) - len(positions))
-    except DeviceOutOfMemory:
-        positions += [position] * (len(history) - len(positions))
+            failed = False
+            try:
+                if call == len(script.sizes):
+                    allocator.empty_cache()
+                elif call >= 0:
+                    addresses[piece] = allocator.malloc(script.sizes[piece], script.streams.get(piece, 0))
+                elif addresses[piece]:
+                    allocator.free(addresses[piece])
+            except DeviceOutOfMemory:
+                addresses[piece] = 0
+                failed = piece < script.workspaces
+            positions += [(step, position)] * (len(history) - len(positions))
+            if failed:
+                break
+        if failed:
+            break
     times = _times_us(timeline, len(trace.ops))
     entries: list[dict[str, Any]] = []
     owner: dict[int, str] = {}
     for i, (action, addr, size, stream, context, pool) in enumerate(history):
         entry = {"action": action, "size": size, "stream": stream, "frames": names.frames(context), "pool_id": pool}
         entry["device_free" if action == "oom" else "addr"] = addr
-        entry["time_us"] = times[positions[i]] if times else i
+        step, position = positions[i]
+        entry["time_us"] = step * (times[len(trace.ops)] + 1) + times[position] if times else i
         entries.append(entry)
         if action == "alloc":
             owner[addr] = context

@@ -28,21 +28,23 @@ def first_step(trace: Trace, script: Script) -> tuple[list[int], list[int]]:
     calls: list[int] = []
     positions: list[int] = []
     here = -1
-    for call, position in zip(script.calls, script.positions, strict=True):
+
+    def reach(position: int) -> None:
+        nonlocal here
         while here < position:
             extra = ([flush] if here in tried else []) + states.get(here + 1, [])
             here += 1
-            calls += extra
-            positions += [here] * len(extra)
+            calls.extend(extra)
+            positions.extend([here] * len(extra))
+
+    for call, position in zip(script.calls, script.positions, strict=True):
+        reach(position)
         piece = call if call >= 0 else ~call
-        if piece in absent and position < 0:
+        if (piece in absent and position < 0) or (piece in stolen and call < 0):
             continue
-        if piece in stolen:
-            if call < 0:
-                continue
-            call = stolen[piece]
-        calls.append(call)
+        calls.append(stolen.get(call, call))
         positions.append(position)
+    reach(len(trace.ops))
     stays = {i for i, s in enumerate(trace.storages) if s.alloc < 0} | {flush}
     return _with_ends(calls, positions, stays, len(trace.ops))
 

@@ -17,7 +17,7 @@ from dataclasses import replace
 from vdnn.values.hardware import Hardware
 from vdnn.values.trace import Op, Storage, Trace
 
-__all__ = ["with_libraries"]
+__all__ = ["held_bytes", "with_libraries"]
 
 _WIDTH = {"float16": 2, "bfloat16": 2, "float32": 4}
 
@@ -27,14 +27,21 @@ def with_libraries(trace: Trace, hardware: Hardware) -> Trace:
     if trace.device != "cuda":
         return trace
     ops = trace.ops if trace.channels_last else tuple(_with_workspace(op, hardware) for op in trace.ops)
-    n = len(ops)
-    threads = {op.phase for op in ops if op.kernel == "matmul" and op.phase != "optimizer"}
-    held = tuple(
-        Storage(hardware.cublas_workspace_bytes, "temporary", f"cuBLAS workspace, {phase}", -1, n, -1, n, "cuBLAS")
-        for phase in sorted(threads)
-        if hardware.cublas_workspace_bytes
-    )
-    return replace(trace, ops=ops, storages=trace.storages + held)
+    n, nbytes = len(ops), hardware.cublas_workspace_bytes
+    held = [
+        Storage(nbytes, "temporary", f"cuBLAS workspace, {phase}", -1, n, -1, n, "cuBLAS") for phase in _threads(trace)
+    ]
+    return replace(trace, ops=ops, storages=(*trace.storages, *held))
+
+
+def held_bytes(trace: Trace, hardware: Hardware) -> int:
+    """What of it is there during the whole step."""
+    return len(_threads(trace)) * hardware.cublas_workspace_bytes if trace.device == "cuda" else 0
+
+
+def _threads(trace: Trace) -> list[str]:
+    """The phases that multiply matrices, each on a thread of its own; the optimizer runs on forward's."""
+    return sorted({op.phase for op in trace.ops if op.kernel == "matmul" and op.phase != "optimizer"})
 
 
 def _with_workspace(op: Op, hardware: Hardware) -> Op:
@@ -45,10 +52,15 @@ def _with_workspace(op: Op, hardware: Hardware) -> Op:
 def _transposed_bytes(op: Op, hardware: Hardware) -> int:
     """Input, kernel and output of a convolution on tensor cores; in backward the two gradients come one by one."""
     rate = hardware.peak({"float32": "tf32"}.get(op.dtype, op.dtype))
-    if op.dtype not in _WIDTH or len(op.dims) < 7 or rate <= hardware.peak("float32"):
+    if op.dtype not in _WIDTH or len(op.dims) < 7 or not _tensor_cores(hardware) or rate <= hardware.peak("float32"):
         return 0
     batch, c_in, c_out, groups, out_pixels, kernel_pixels, in_pixels = op.dims[:7]
     if groups > 1 and groups == c_in:
         return 0
     elements = batch * (c_in * in_pixels + c_out * out_pixels) + c_in // groups * c_out * kernel_pixels
     return elements * _WIDTH[op.dtype]
+
+
+def _tensor_cores(hardware: Hardware) -> bool:
+    """Whether the card has them: with TF32 from Ampere on, before that by a rate that two halves in a register miss."""
+    return any(p.dtype == "tf32" for p in hardware.peaks) or hardware.peak("float16") > 3 * hardware.peak("float32")

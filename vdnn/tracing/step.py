@@ -142,7 +142,7 @@ class _Step:
                 model, given = stage.channels_last(model, given)
             if self.recipe.step == "inference":
                 model.eval()
-            capture = Watch(model, place, mode, hardware.rules(place, device), copies=device == "cuda")
+            capture = Watch(model, place, mode, hardware.rules(place, device), as_cuda=device == "cuda")
             capture.recurrent = device == "cuda" and rnn.flattened(model)
             with contextlib.ExitStack() as stack:
                 if device == "cuda":

@@ -44,7 +44,12 @@ class Backward:
         on_done: Callable[[Any], None],
         on_grad: Callable[[torch.Tensor], None],
         unseen: Callable[[], contextlib.AbstractContextManager[None]],
+        in_place: bool = True,
     ) -> None:
+        """`in_place`: gradients are added as the engine does it, and not as it does under a dispatch mode (a virtual
+        device's account is one): it then adds nothing in place.
+        """
+        self._in_place = in_place
         self._hooks = hooks
         self._on_node = on_node
         self._on_done = on_done
@@ -136,7 +141,7 @@ class Backward:
             if accumulates:
                 if 0 in given:
                     self.given.add(node.variable)
-                    _accumulate(node, given.pop(0), grads)
+                    _accumulate(node, given.pop(0), grads, self._in_place)
                 self._on_done(node)
                 continue
             results = self._call(node, given, retain)
@@ -164,7 +169,7 @@ class Backward:
             with self._unseen():
                 self._alone = _holders({0: torch.empty(1, device=grad.device)}, 0)
         dense = torch._prims_common.is_non_overlapping_and_dense_or_false(held[place])
-        if dense and not torch.is_grad_enabled() and _holders(held, place) == self._alone:
+        if self._in_place and dense and not torch.is_grad_enabled() and _holders(held, place) == self._alone:
             held[place].add_(grad)
         else:
             held[place] = held[place] + grad
@@ -282,7 +287,7 @@ def _leaf_hooks(node: Any, given: Grads) -> None:
                 given[0] = other
 
 
-def _accumulate(node: Any, grad: torch.Tensor, grads: dict[Any, Grads]) -> None:
+def _accumulate(node: Any, grad: torch.Tensor, grads: dict[Any, Grads], in_place: bool) -> None:
     """What the AccumulateGrad node does: keep a gradient that nobody else holds, copy one that somebody does, add one
     to what is there.
 
@@ -290,7 +295,7 @@ def _accumulate(node: Any, grad: torch.Tensor, grads: dict[Any, Grads]) -> None:
     fake tensor.
     """
     variable = node.variable
-    if variable.grad is not None and not torch.is_grad_enabled():
+    if in_place and variable.grad is not None and not torch.is_grad_enabled():
         variable.grad.add_(grad)
         _accumulated(variable)
         return

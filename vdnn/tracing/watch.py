@@ -78,13 +78,14 @@ class Watch:
     """One capture in progress."""
 
     def __init__(
-        self, model: nn.Module, device: str, mode: FakeTensorMode, rules: dict[Any, Any], copies: bool = False
+        self, model: nn.Module, device: str, mode: FakeTensorMode, rules: dict[Any, Any], as_cuda: bool = False
     ) -> None:
+        """`as_cuda`: of a step on a GPU, whose kernels copy and whose engine adds gradients in place."""
         self.mode = mode
         self.model = model
         self.device = device  # of the fake tensors
         self.recurrent = False
-        self.recorder = Recorder(device, rules, mode, copies)
+        self.recorder = Recorder(device, rules, mode, as_cuda)
         self.calls: list[list[Any]] = []
         self.saved: list[Packed] = []
         self.standins: list[weakref.ref[_StandIn] | None] = []
@@ -92,7 +93,7 @@ class Watch:
         self.asked: list[int] = []  # saved tensors that the node which runs has asked for
         self.last = -1  # the last sequence number of forward
         self.hooks = NotedHooks()
-        self.walk = Backward(self.hooks, self._on_node, self._on_done, self._on_grad, self.unseen)
+        self.walk = Backward(self.hooks, self._on_node, self._on_done, self._on_grad, self.unseen, as_cuda)
         self.changes: list[tuple[int, int]] = [(-1, -1)]  # (autograd sequence number, module call from there on)
         self.outside = 0
         self.node = ""
