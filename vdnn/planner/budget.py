@@ -240,7 +240,7 @@ def least_plan(trace: Trace, hardware: Hardware, options: Options | None = None)
         for one in search.least()[: 2 * _STARTS]:
             step = search.step(one.dropped)[0].trace
             tried.append((one.requested_bytes, plan_of(search, one), step, one.schedule.moves))
-    for plan in _candidates(trace, hardware, options, hardware.memory_bytes):
+    for plan in _candidates(trace, hardware, options, hardware.available_bytes):
         step = encoded(recomputed(trace, plan), plan)
         trips = resolve(plan, step)
         tried.append((max(requested(step, trips), default=0), plan, step, trips))
@@ -248,7 +248,9 @@ def least_plan(trace: Trace, hardware: Hardware, options: Options | None = None)
     for most, plan, step, moves in sorted(tried, key=lambda one: one[0]):
         if most < budget:
             budget, best = min(
-                (budget, best), (_least_capacity(step, moves, most, budget), plan), key=lambda one: one[0]
+                (budget, best),
+                (_least_capacity(with_libraries(step, hardware), moves, most, budget), plan),
+                key=lambda one: one[0],
             )
     note = f"needs the least memory of the plans known, {format_bytes(budget)}"
     plan = replace(best, policy="budget", budget_bytes=budget, notes=(note,))
