@@ -29,6 +29,7 @@ from vdnn.fidelity.fitting import (
     kernel_groups,
     predict_kernels,
 )
+from vdnn.fidelity.memory import judged
 from vdnn.fidelity.rows import kernel_rows, step_rows
 from vdnn.fidelity.steps import Kernels
 from vdnn.reporting import provenance
@@ -45,7 +46,8 @@ class Study:
 
     def __init__(self, data: Path, captures: Captures, tell: Tell) -> None:
         self.tell = tell
-        rows = step_rows(data)
+        rows = self.rows = step_rows(data)
+        self.captures = captures
         self.measured = Measured.of(rows, captures, tell)
         self.missing = [row for row in rows if not captures.path(row).exists()]
         self.fitted, self.judged = kernel_groups(kernel_rows(data))
@@ -73,6 +75,7 @@ class Study:
         for gpu in sorted({k.gpu for k in self.fitted}):
             found.append((f"kernels without {gpu}", folder / f"kernels-without-{gpu}.json", self._kernels_without(gpu)))
         found.append(("fit of everything", folder / "whole.json", self.whole))
+        found.append(("memory", folder / "memory.json", lambda: judged(self.rows, self.captures, self.tell)))
         return found
 
     # -- the fits ------------------------------------------------------------------------------------
