@@ -138,11 +138,13 @@ def time_bound(
     *,
     items: Sequence[Piece] | None = None,
     seconds: float = 20.0,
+    breakpoints: int = 0,
 ) -> Bound:
     """The bound on the step's time with this much memory.
 
     Args:
         items: what may be away; default: everything that could (only then it is a bound for every plan).
+        breakpoints: how many there may be; 0: as many as a second or two allow.
         seconds: for the solver. If they do not suffice, the bound is the step without a plan, and says so.
     """
     base = clock(trace, op_ns, hardware)
@@ -150,7 +152,7 @@ def time_bound(
     found = list(pieces(trace)) if items is None else list(items)
     if max(live, default=0) <= budget_bytes:
         return Bound(base[-1], "the step fits as it is", True, {}, {})
-    program = _Program(trace, hardware, op_ns, base, live, budget_bytes, found)
+    program = _Program(trace, hardware, op_ns, base, live, budget_bytes, found, breakpoints or _MOST)
     status, value, out, again = program.solve(seconds)
     if status == 2:
         return Bound(base[-1], "no plan fits", True, {}, {})
@@ -172,6 +174,7 @@ class _Program:
         live: Sequence[int],
         budget: int,
         items: list[Piece],
+        breakpoints: int,
     ) -> None:
         self.items = items
         self.byte = max(live) / 1000
@@ -182,7 +185,7 @@ class _Program:
         self._low: list[float] = []
         self._high: list[float | None] = []
         self._cost: list[float] = []
-        self.points = _breakpoints(len(op_ns), live, budget, items)
+        self.points = _breakpoints(len(op_ns), live, budget, items, breakpoints)
         work = list(accumulate(op_ns, initial=0))
         at = self.points
         last = len(at) - 1
@@ -322,8 +325,8 @@ def _minus(entries: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     return [(column, -value) for column, value in entries]
 
 
-def _breakpoints(n: int, live: Sequence[int], budget: int, items: Sequence[Piece]) -> list[int]:
-    """Positions where something changes, and both ends; neighbours merged beyond `_MOST`."""
+def _breakpoints(n: int, live: Sequence[int], budget: int, items: Sequence[Piece], most: int) -> list[int]:
+    """Positions where something changes, and both ends; neighbours merged beyond `most`."""
     changing = {p for piece in items for p in (piece.pack, piece.gone, piece.need)}
     # where most lives between two of them a row must know how far the link had come
     inner = sorted(p for p in {0, n, *changing} if p <= n)
@@ -332,7 +335,7 @@ def _breakpoints(n: int, live: Sequence[int], budget: int, items: Sequence[Piece
         if live[top] > budget:
             changing.add(top)
     found = sorted(p for p in {0, n, *changing} if 0 <= p <= n)
-    if len(found) <= _MOST:
+    if len(found) <= most:
         return found
-    weight = len(found) / _MOST
-    return sorted({found[min(round(i * weight), len(found) - 1)] for i in range(_MOST)} | {0, n})
+    weight = len(found) / most
+    return sorted({found[min(round(i * weight), len(found) - 1)] for i in range(most)} | {0, n})

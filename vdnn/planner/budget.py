@@ -38,7 +38,7 @@ __all__ = ["Planned", "best_plan", "least_plan", "plan_for_budget"]
 # Policies that are candidates, too; all that the engine executes on the step as it is.
 _CANDIDATES = ("vdnn-all", "vdnn-conv", "vdnn-dyn", "recompute", "recompute-offload", "checkpoint-offload")
 # Ops that may be simulated in local search, and how many starts are looked at with the allocator's model.
-_WORK = 500_000
+_WORK = 400_000
 _STARTS = 3
 # The least storage that moves, if nothing else fits: below that a copy's latency is all that it takes.
 _SMALL = 1 << 16

@@ -31,9 +31,9 @@ from vdnn.values.trace import Trace
 __all__ = ["Found", "Search", "Seed"]
 
 # Links that the seeds' programs are told, in hundredths of the real one: whole copies and program order waste some.
-_LINKS = (100, 75, 45)
+_LINKS = (100, 60)
 # Bytes that may come to life at once when a run of feature maps is computed again, in 2^-n-ths of all that is movable.
-_RUNS = (40, 7, 5, 3, 0)
+_RUNS = (40, 5, 0)
 _AHEAD = (0, 1, 3)
 _REFITS = 6
 
@@ -164,7 +164,9 @@ class Search:
                 h2d_bytes_per_s=max(1, self.hardware.h2d_bytes_per_s * link // 100),
                 duplex_bytes_per_s=max(1, self.hardware.duplex_bytes_per_s * link // 100),
             )
-            shares = time_bound(self.trace, machine, self.op_ns, target, items=self._pieces, seconds=seconds)
+            shares = time_bound(
+                self.trace, machine, self.op_ns, target, items=self._pieces, seconds=seconds, breakpoints=450
+            )
             self.gave_up += not shares.solved
             wanted = {s for s, share in shares.again.items() if share > 0.5}
             yield from self._starts(wanted, shares.out, target, tried)
