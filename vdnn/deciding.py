@@ -6,6 +6,7 @@
                         decided by storage, or the repeated blocks recomputed with or without offload
     neither             the same, with the memory there is
 
+For another shape the latest plan is scaled to it, if it then fits and fills the budget; else one is made anew.
 A loss outside the model is taken for a cross entropy of the outputs; what it saves stays where it is. A model that
 cannot be captured is offloaded by rule.
 """
@@ -28,9 +29,9 @@ from torch.utils._pytree import tree_leaves
 
 from vdnn.checkpointing import blocks_of, checkpoint_blocks
 from vdnn.engine import CudaDevice, Device, Rule, Schedule, VirtualDevice, choose_in_cudnn, what_cudnn_does
-from vdnn.errors import CaptureError, EngineError, InfeasibleError, UsageError
+from vdnn.errors import CaptureError, EngineError, InfeasibleError, PlanMismatchError, UsageError
 from vdnn.measure import available_bytes, recognised
-from vdnn.planner import BUDGETED, budgeted_plan, plan_for_budget
+from vdnn.planner import BUDGETED, budgeted_plan, plan_for_budget, scaled_plan
 from vdnn.policies import Options, decide, recomputed_blocks, remarks
 from vdnn.sim import simulate_step
 from vdnn.tracing import OPTIMIZERS, capture_model, likely_loss
@@ -49,6 +50,8 @@ _CUDNN: weakref.WeakKeyDictionary[nn.Module, Callable[[], None]] = weakref.WeakK
 
 # Of a real device's memory, what the allocator's rounding and fragmentation and other libraries may take.
 _HEADROOM = 20
+# A scaled plan must use so much of the budget, or another that moves less is looked for.
+_FULL = 85
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,7 @@ class Decider:
         self.kind = "cuda" if isinstance(device, CudaDevice) else "cpu"
         self._fixed = None if fixed is None else Schedule(fixed)
         self._made: dict[Any, _Decision] = {}
+        self._latest: Plan | None = None  # for a budget, of the step as it is: to be scaled to other shapes
         if fixed is not None:
             _say(fixed)
 
@@ -206,7 +210,9 @@ class Decider:
         """The plan for the budget or the memory there is, and whether it is one for recomputed blocks."""
         there = self._there() if self.budget_bytes is None else self.budget_bytes
         impossible: InfeasibleError | None = None
-        kept: Plan | None = None
+        kept = self._scaled(trace, there)
+        if kept is not None:
+            return kept, False
         try:
             kept = plan_for_budget(trace, self.machine, there, self.options)
             if all(isinstance(entry.action, Keep) for entry in kept.entries):
@@ -228,6 +234,7 @@ class Decider:
                     other, again, f"deciding by storage would take {theirs / max(ours, 1):.2f} times the time"
                 ), True
         if kept is not None:
+            self._latest = kept
             return kept, False
         if self.budget_bytes is not None and impossible is not None:
             raise impossible
@@ -235,6 +242,18 @@ class Decider:
         if other is not None:
             return _named(other, _least(other, self.machine, self.options), "nothing fits"), True
         return _least(trace, self.machine, self.options), False
+
+    def _scaled(self, trace: Trace, there: int) -> Plan | None:
+        """The latest plan with this step's sizes, if it fits and does not move much more than it must."""
+        if self._latest is None or simulate_step(trace, None, self.machine, memory_limit=there).fits:
+            return None
+        try:
+            plan = scaled_plan(self._latest, trace)
+        except PlanMismatchError:
+            return None
+        result = simulate_step(trace, plan, self.machine, memory_limit=there)
+        peak = result.peak_reserved_bytes or result.peak_requested_bytes or 0
+        return plan if result.fits and 100 * peak >= _FULL * there else None
 
 
 def _runs_compiled(model: nn.Module) -> bool:

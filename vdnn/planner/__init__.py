@@ -2,6 +2,7 @@
 
 from vdnn.planner.bound import Bound, least_memory, time_bound
 from vdnn.planner.budget import Planned, best_plan, least_plan, plan_for_budget
+from vdnn.planner.scaling import scaled_plan
 from vdnn.planner.shrinking import BUDGETED, budgeted_plan
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "least_memory",
     "least_plan",
     "plan_for_budget",
+    "scaled_plan",
     "time_bound",
 ]

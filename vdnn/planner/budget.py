@@ -36,7 +36,16 @@ from vdnn.values.trace import Trace
 __all__ = ["Planned", "best_plan", "least_plan", "plan_for_budget"]
 
 # Policies that are candidates, too; all that the engine executes on the step as it is.
-_CANDIDATES = ("vdnn-all", "vdnn-conv", "vdnn-dyn", "recompute", "recompute-offload", "checkpoint-offload")
+_CANDIDATES = (
+    "vdnn-all",
+    "vdnn-conv",
+    "vdnn-dyn",
+    "recompute",
+    "recompute-offload",
+    "encode",
+    "encode-offload",
+    "checkpoint-offload",
+)
 # Ops that may be simulated in local search, and how many starts are looked at with the allocator's model.
 _WORK = 400_000
 _STARTS = 3

@@ -34,6 +34,7 @@ __all__ = ["Found", "Search", "Seed"]
 _LINKS = (100, 60)
 # Bytes that may come to life at once when a run of feature maps is computed again, in 2^-n-ths of all that is movable.
 _RUNS = (40, 5, 0)
+_BREAKPOINTS = 450  # of a seed's program: coarser than the bound's
 _AHEAD = (0, 1, 3)
 _REFITS = 6
 
