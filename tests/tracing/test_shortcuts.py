@@ -79,3 +79,15 @@ def test_two_tensors_of_any_layout_add_as_the_fake_mode_has_them(
         assert (found.shape, found.stride(), found.dtype) == (expected.shape, expected.stride(), expected.dtype)
     if ours == theirs == [0, 1, 2]:
         assert found is not None
+
+
+def test_the_gradient_of_a_number_that_several_layers_take() -> None:
+    """Its parts are added up, as tensors of no dimension: their strides are none."""
+
+    class Shifted(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            shift = x.mean().sigmoid()
+            return (x * shift + shift) * shift
+
+    trace = vdnn.capture(nn.Sequential(nn.Linear(4, 4), Shifted()), torch.randn(3, 4), device="cpu")
+    assert any(op.name.startswith("aten.add") and op.phase == "backward" for op in trace.ops)

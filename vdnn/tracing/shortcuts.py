@@ -122,7 +122,9 @@ def _descending(tensor: torch.Tensor) -> bool:
 
 
 def _contiguous(shape: Any) -> tuple[int, ...]:
-    """Strides of a contiguous tensor; a dimension of none counts as one."""
+    """Strides of a contiguous tensor; a dimension of none counts as one, and a number has none."""
+    if not shape:
+        return ()
     return tuple(accumulate((max(n, 1) for n in reversed(shape[1:])), mul, initial=1))[::-1]
 
 
