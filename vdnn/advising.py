@@ -1,7 +1,7 @@
 """Which GPU for a model: on each, whether the step fits, with what plan, how long it takes, and what fitting costs.
 
 The step is captured once (and once more with its repeated blocks recomputed), and planned for each GPU's memory. What
-CUDA and its libraries take beside is kept free: `OWN_BYTES`.
+CUDA and its libraries take beside is kept free: `Hardware.context_bytes`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,7 @@ from vdnn.policies import Options
 from vdnn.sim import simulate_step
 from vdnn.values import Hardware, Keep, Offload, Recompute, Trace
 
-__all__ = ["OWN_BYTES", "Advice", "advise"]
-
-# A CUDA context is 0.3-0.6 GB, and is no memory of the allocator's.
-OWN_BYTES = 600 << 20
+__all__ = ["Advice", "advise"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +55,7 @@ def advise(
     found = []
     for machine in machines:
         progress(machine.id)
-        budget = max(machine.memory_bytes - OWN_BYTES, 1)
+        budget = max(machine.available_bytes, 1)
         free = simulate_step(trace, None, machine, memory_limit=1 << 60)
         free_ns = free.iteration_time_ns or 0
         try:

@@ -88,14 +88,14 @@ def test_advise_says_for_each_gpu_what_fitting_costs(chain: str, tmp_path: Path)
 def test_advise_plans_where_the_step_does_not_fit_and_says_what_is_missing_where_nothing_does() -> None:
     from dataclasses import replace
 
-    from vdnn.advising import OWN_BYTES, advise
+    from vdnn.advising import advise
     from vdnn.policies import Options
     from vdnn.values import hardware
 
     trace = conv_chain(batch=256, channels=(32, 32, 64, 64), size=64)
     card = hardware("rtx4090")
     machines = [
-        replace(card, id=name, memory_bytes=OWN_BYTES + size)
+        replace(card, id=name, memory_bytes=card.context_bytes + size)
         for name, size in (("large", 1 << 33), ("small", 400 << 20), ("tiny", 1 << 20))
     ]
     rows = advise(trace, None, machines, Options())
@@ -109,5 +109,5 @@ def test_advise_plans_where_the_step_does_not_fit_and_says_what_is_missing_where
     assert small.bound_ns is not None
     assert small.bound_ns <= (small.time_ns or 0)
     assert not tiny.fits
-    assert tiny.needs_bytes > tiny.memory_bytes - OWN_BYTES
+    assert tiny.needs_bytes > tiny.memory_bytes - card.context_bytes
     assert tiny.slowdown is None
