@@ -207,8 +207,9 @@ def test_any_op_takes_a_time_that_a_machine_twice_as_fast_does_not_exceed(one, g
 
 def test_equal_ops_are_priced_once_and_a_view_not_at_all():
     shapes = Shapes()
-    ops = [conv(), op("view", ()), conv()]
-    first, none, again = shapes_of(ops, False, shapes, {})
+    ops = (conv(), op("view", ()), conv())
+    trace = replace(conv_chain(), ops=ops, modules=(), storages=(), saved=())
+    first, none, again = shapes_of(trace, shapes)
     assert first == again
     assert none == ()
     assert len(shapes.convolutions) == 1

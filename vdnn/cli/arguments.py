@@ -80,6 +80,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Capture anew, and keep nothing.")]
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="Write the value to this file.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite the output.")]
+Data = Annotated[Path | None, typer.Option(help="The folder of published measurements (docs/costs.md).")]
+CapturesFolder = Annotated[Path | None, typer.Option("--captures", help="Where the traces of measured rows are kept.")]
+CaptureMissing = Annotated[bool, typer.Option(help="Capture measured rows that have no trace yet.")]
 
 
 def node_of(gpus: int, gpus_per_link: int, host_memory: str) -> Node:

@@ -10,6 +10,7 @@ import sys
 import typer
 
 from vdnn.cli.advising import advise
+from vdnn.cli.fitting import fit
 from vdnn.cli.measuring import measure
 from vdnn.cli.predicting import capture, compare, max_batch, plan, simulate
 from vdnn.cli.replaying import replay
@@ -22,7 +23,7 @@ from vdnn.errors import VdnnError
 __all__ = ["app", "command_line", "main"]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-for command in (run, capture, plan, simulate, compare, advise, experiment, measure, report, replay, reproduction):
+for command in (run, capture, plan, simulate, compare, advise, experiment, measure, fit, report, replay, reproduction):
     app.command()(command)
 app.command("max-batch")(max_batch)
 app.command("list")(list_names)

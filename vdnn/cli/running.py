@@ -12,6 +12,9 @@ from vdnn import api
 from vdnn.cli.arguments import (
     Batch,
     Budget,
+    CaptureMissing,
+    CapturesFolder,
+    Data,
     Force,
     Gpu,
     Json,
@@ -108,6 +111,9 @@ def experiment(
         Path | None, typer.Option("-o", "--output", help="The folder of results; default: results/<file's name>.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Run again what has results already.")] = False,
+    data: Data = None,
+    captures: CapturesFolder = None,
+    capture: CaptureMissing = True,
 ) -> None:
     """Run what a file names and has no result yet, then write its tables and figures.
 
@@ -131,6 +137,18 @@ def experiment(
             force=force,
             progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
         )
+        if read.fidelity:
+            from vdnn.cli.fitting import study
+
+            more = study(
+                folder / "runs",
+                data,
+                captures,
+                capture,
+                force,
+                lambda what, done, total: bar.update(task, description=what, completed=done, total=total or None),
+            )
+            ran, there = ran + more[0], there + more[1]
         bar.update(task, description="drawing", completed=ran + there)
         text = write_page(read, folder)
     typer.echo(text, nl=False)

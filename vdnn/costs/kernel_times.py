@@ -140,12 +140,13 @@ def product_ns(shapes: Sequence[ProductShape], machine: Machine, c: CostNumbers)
             work = tiled_ns(
                 batch[at], m[at], n[at], k[at], rate, share, half, start, machine.multiprocessors, 64 if tensor else 32
             )
-            ns[at] = _both(work, _traffic(nbytes[at], machine, memory), c)
+            traffic = _traffic(nbytes[at], machine, memory)
+            ns[at] = _both(work, traffic, c) if tensor else np.maximum(work, traffic)
     return ns + machine.start_ns
 
 
 def _both(work: F, traffic: F, c: CostNumbers) -> F:
-    """Arithmetic and traffic go on at once, but for a part of the shorter."""
+    """Arithmetic and traffic of tensor cores go on at once, but for a part of the shorter."""
     return np.maximum(work, traffic) + c.unhidden * np.minimum(work, traffic)
 
 
@@ -200,7 +201,7 @@ def _dense(
     sms = machine.multiprocessors
     plain = tiled_ns(groups, m, n, k, machine.cores, cores * kept * grouped, 0.0, c.core_start, sms)
     same = (window == 9) & (groups == 1) & (np.abs(in_pixels / out_pixels - 1) < 0.5) & (ways != "weight")
-    direct = _both(plain, _traffic(x + y + w, machine, memory), c)
+    direct = np.maximum(plain, _traffic(x + y + w, machine, memory))
     folded = _winograd(part, cores * kept * c.winograd, machine, memory, c)
     simple = np.where(same, np.minimum(direct, folded), direct)
     nbytes = x + y + w
@@ -215,7 +216,9 @@ def _dense(
     if dtype == "float32":
         turned = np.zeros_like(turned)  # TF32 kernels take NCHW as it is
     traffic = _traffic(nbytes, machine, memory)
-    best = np.minimum(_both(work, traffic, c) + turned, simple)
+    best = _both(work, traffic, c) + turned
+    if dtype == "float32":
+        best = np.minimum(best, simple)  # TF32 or the cores, whatever is faster
     # a window of one pixel is a product for each image, which takes NCHW as it is: its columns are the image's pixels
     odd = np.where(np.minimum(in_pixels, out_pixels) % CHANNELS_OF_TENSOR_CORES > 0, c.unaligned, 1.0)
     share = fraction * kept * grouped * c.pointwise * odd
@@ -223,7 +226,7 @@ def _dense(
     columns = np.where(ways == "weight", padded[0], out_pixels)
     rows = np.where(ways == "weight", m, n)
     alone = tiled_ns(images, rows, columns, padded[1], rate, share, c.tensor_half, c.tensor_start, sms, 64)
-    return np.where((window == 1) & ~nhwc, np.minimum(best, _both(alone, traffic, c)), best)
+    return np.where((window == 1) & ~nhwc & (ways != "weight"), np.minimum(best, _both(alone, traffic, c)), best)
 
 
 def _winograd(part: list[F], fraction: F, machine: Machine, memory: float, c: CostNumbers) -> F:
@@ -242,7 +245,7 @@ def _winograd(part: list[F], fraction: F, machine: Machine, memory: float, c: Co
         item = w / np.maximum(n * channels * 9, 1)
         weights = w * (1 + 2 * points / 9)
         if side == 2:
-            ns = _both(work, _traffic(x + y, machine, memory), c) + _traffic(weights, machine, memory)
+            ns = np.maximum(work, _traffic(x + y, machine, memory)) + _traffic(weights, machine, memory)
         else:
             ns = work + _traffic(x + y + 2 * points * tiles * (channels + n) * item + weights, machine, memory)
         best = ns if best is None else np.minimum(best, ns)

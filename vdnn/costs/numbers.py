@@ -39,6 +39,8 @@ class CostNumbers:
         stream                           kernels that read and write once, in order
         batch_norm, batch_norm_backward, layer_norm, layer_norm_backward, softmax, reduce, pool, pool_backward, gather,
         scatter                          of `stream`, counting each input and output once, though some read it twice
+        layer_norm_low                   the same of a forward alone in low precision, where libraries leave out casts
+                                         to fp32 (timm's fast norm): above 1, as fewer bytes move than are captured
         broadcast                        of it, where a tensor is broadcast (no wide loads)
         short_run_bytes                  bytes side by side at which half of what is moved is used
         short_row_bytes                  bytes of a normalised row at which half of the time goes into its sums
@@ -73,6 +75,7 @@ class CostNumbers:
     batch_norm: float
     batch_norm_backward: float
     layer_norm: float
+    layer_norm_low: float
     layer_norm_backward: float
     softmax: float
     reduce: float

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from vdnn.values.trace import Op
+from vdnn.values.trace import Op, Trace
 
 __all__ = ["AttentionShape", "ConvShape", "ProductShape", "Shapes", "StreamShape", "shapes_of"]
 
@@ -99,21 +99,22 @@ Part = tuple[int, int]  # family (in the order of `Shapes`), number
 PRODUCT, CONVOLUTION, ATTENTION, STREAM = range(4)
 
 
-def shapes_of(
-    ops: Iterable[Op], nhwc: bool, shapes: Shapes, known: dict[tuple[object, ...], tuple[Part, ...]]
-) -> list[tuple[Part, ...]]:
+def shapes_of(trace: Trace, shapes: Shapes) -> list[tuple[Part, ...]]:
     """For each op the shapes it is made of, which are added to `shapes`; () for an op that runs no kernel."""
+    nhwc = trace.channels_last
+    low = trace.precision != "fp32" and trace.recipe.step == "inference"
+    known: dict[tuple[object, ...], tuple[Part, ...]] = {}
     found = []
-    for op in ops:
-        key = (op.name, op.kernel, op.dtype, op.dims, op.phase, op.flops, op.read_bytes, op.written_bytes, nhwc)
+    for op in trace.ops:
+        key = (op.name, op.kernel, op.dtype, op.dims, op.phase, op.flops, op.read_bytes, op.written_bytes)
         parts = known.get(key)
         if parts is None:
-            parts = known[key] = tuple(_parts(op, nhwc, shapes))
+            parts = known[key] = tuple(_parts(op, nhwc, low, shapes))
         found.append(parts)
     return found
 
 
-def _parts(op: Op, nhwc: bool, shapes: Shapes) -> Iterable[Part]:
+def _parts(op: Op, nhwc: bool, low: bool, shapes: Shapes) -> Iterable[Part]:
     if op.kernel == "view":
         return
     if op.kernel == "conv" and len(op.dims) == 7:
@@ -133,7 +134,7 @@ def _parts(op: Op, nhwc: bool, shapes: Shapes) -> Iterable[Part]:
         product = ProductShape(op.kernel, op.dtype, *dims, op.read_bytes + op.written_bytes)
         yield PRODUCT, shapes.products.setdefault(product, len(shapes.products))
         return
-    stream = _stream(op)
+    stream = _stream(op, low)
     yield STREAM, shapes.streams.setdefault(stream, len(shapes.streams))
 
 
@@ -163,16 +164,17 @@ def _convolutions(op: Op, nhwc: bool) -> Iterable[ConvShape]:
         yield ConvShape(op.dtype, "weight", *sizes, biased, nhwc)
 
 
-def _stream(op: Op) -> StreamShape:
+def _stream(op: Op, low: bool) -> StreamShape:
     item = ITEM_BYTES.get(op.dtype, 4)
     dims = (*op.dims, 0, 0, 0)
     kind = kind_of(op)
+    if kind == "layer_norm" and low:
+        kind = "layer_norm_low"
     run, broadcast, row = 1 << 30, False, 0
-    if kind == "elementwise":
-        run, broadcast = dims[1] * item, dims[2] > 0
-        if run >= op.dims[0] * item if op.dims else True:
-            run = 1 << 30  # all in one piece
-    elif kind in ("softmax", "layer_norm", "layer_norm_backward"):
+    if kind == "elementwise" and len(op.dims) == 3:
+        broadcast = dims[2] > 0
+        run = dims[1] * item if dims[1] < dims[0] else 1 << 30  # all in one piece
+    elif kind in ("softmax", "layer_norm", "layer_norm_low", "layer_norm_backward"):
         row = dims[1] * item
     return StreamShape(op.kernel, kind, op.read_bytes, op.written_bytes, run, broadcast, row)
 

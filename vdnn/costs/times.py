@@ -23,7 +23,7 @@ def op_times(trace: Trace, hardware: Hardware, numbers: CostNumbers | None = Non
     from vdnn.costs.kernel_times import family_times  # numpy, which takes a while to load
 
     shapes = Shapes()
-    parts = shapes_of(trace.ops, trace.channels_last, shapes, {})
+    parts = shapes_of(trace, shapes)
     times = [
         [-int(-ns // 1) for ns in family] for family in family_times(shapes, hardware, numbers or fitted().numbers)
     ]

@@ -20,6 +20,7 @@ from vdnn.experiment.frontier_page import draw_frontier
 from vdnn.experiment.node import draw_node
 from vdnn.experiment.runner import Files
 from vdnn.experiment.spec import Case, Experiment, Figure, Section
+from vdnn.fidelity.page import fidelity_lines, readme_lines
 from vdnn.reporting import as_text, predictions_table, result_rows, results_table
 from vdnn.reproduction import readme_table, write_figures
 from vdnn.values import Plan, RunResult, Trace, load
@@ -64,6 +65,10 @@ def write_page(experiment: Experiment, folder: Path) -> str:
         page = draw_cpu(experiment.cpu, folder)
         lines += page
         shown.append("\n".join(page) + "\n")
+    if experiment.fidelity:
+        page = fidelity_lines(folder)
+        lines += page
+        shown.append("\n".join(readme_lines(folder)) + "\n")
     rows = result_rows(list(results.values()))
     (folder / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
     (folder / "README.md").write_text("\n".join(lines).rstrip() + "\n")

@@ -162,6 +162,7 @@ class Experiment:
     nodes: tuple[NodeSweep, ...] = ()
     cpu: Cpu | None = None
     frontiers: tuple[Frontier, ...] = ()
+    fidelity: bool = False  # predictions beside published measurements
 
     @property
     def cases(self) -> tuple[Case, ...]:
@@ -181,12 +182,7 @@ _SECTION: dict[str, tuple[Any, Any]] = {  # key: type, default (... where there 
     "options": (dict, {}),
 }
 _RUN: dict[str, tuple[Any, Any]] = {"steps": (int, 5), "device": (str, "auto"), "seed": (int, 0)}
-_FIGURE: dict[str, tuple[Any, Any]] = {
-    "kind": (str, ...),
-    "file": (str, ...),
-    "caption": (str, ""),
-    "select": (dict, {}),
-}
+_FIGURE: dict[str, tuple[Any, Any]] = dict(kind=(str, ...), file=(str, ...), caption=(str, ""), select=(dict, {}))
 _FILE: dict[str, tuple[Any, Any]] = {
     "title": (str, ...),
     "text": (str, ""),
@@ -194,6 +190,7 @@ _FILE: dict[str, tuple[Any, Any]] = {
     "run": (list, []),
     "figure": (list, []),
     "reproduction": (dict, {}),
+    "fidelity": (dict, {}),
     "bandwidth": (list, []),
     "cpu": (dict, {}),
     "node": (list, []),
@@ -256,11 +253,12 @@ def read_experiment(path: Path) -> Experiment:
         where = f"{path}, [[frontier]] {number + 1}"
         read = _checked(table, FRONTIER, where)
         frontiers.append(read_frontier(read, _models(read, [read["precision"]], where), where))
-    if not (sections or networks or sweeps or nodes or cpu or frontiers):
+    fidelity = "fidelity" in data
+    if not (sections or networks or sweeps or nodes or cpu or frontiers or fidelity):
         raise FormatError(f"{path} runs nothing: it needs a [[simulate]], a [[run]], a [reproduction] or a [cpu] table")
     figures = tuple(_figure(table, f"{path}, [[figure]] {n + 1}") for n, table in enumerate(top["figure"]))
     heading = (path.stem, str(path), top["title"], top["text"])
-    made = Experiment(*heading, tuple(sections), figures, networks, sweeps, nodes, cpu, tuple(frontiers))
+    made = Experiment(*heading, tuple(sections), figures, networks, sweeps, nodes, cpu, tuple(frontiers), fidelity)
     for figure in figures:
         if not any(figure.shows_case(case) for case in made.cases):
             chosen = ", ".join(f"{name}={value}" for name, value in figure.select)

@@ -10,7 +10,7 @@ import numpy as np
 
 from vdnn.costs.numbers import Spread
 
-__all__ = ["Prediction", "Score", "by_group", "covered", "score_of", "spread_of", "worst"]
+__all__ = ["Prediction", "Score", "by_group", "covered", "score_of", "score_of_errors", "spread_of", "worst"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,12 @@ class Score:
 
 def score_of(predictions: Iterable[Prediction]) -> Score:
     """The score of some predictions, of which there must be one."""
-    errors = np.array([p.error for p in predictions])
+    return score_of_errors([p.error for p in predictions])
+
+
+def score_of_errors(found: Sequence[float]) -> Score:
+    """The score of errors, each predicted over measured, less one."""
+    errors = np.array(found)
     size = np.abs(errors)
     return Score(len(errors), float(np.median(size)), float(np.quantile(size, 0.9)), float(np.median(errors)))
 

@@ -45,6 +45,7 @@ class Captures:
     """Traces by row. One trace serves every GPU on which the same step was measured."""
 
     folder: Path
+    allowed: bool = True  # to capture what is missing
 
     def path(self, row: StepRow) -> Path:
         """Where the row's trace is, or will be."""
@@ -85,9 +86,9 @@ class Captures:
         return found
 
     def make(self, row: StepRow) -> Trace | None:
-        """The row's trace, captured if need be; None if it cannot be, which is noted."""
+        """The row's trace, captured if need be; None if it cannot be, which is noted, or must not be."""
         found = self.read(row)
-        if found is not None or self._failed(row).exists():
+        if found is not None or not self.allowed or self._failed(row).exists():
             return found
         try:
             work = api.load(f"timm:{row.model}", row.batch, image_size=row.image_size)

@@ -18,15 +18,15 @@ from vdnn.fidelity.captures import Captures
 from vdnn.fidelity.rows import KernelRow, StepRow
 from vdnn.fidelity.steps import Kernels, StepSet, measured_floor_ns
 
-__all__ = ["START", "Measured", "fit_numbers", "folds_by_family", "predict_kernels", "predict_steps"]
+__all__ = ["START", "Measured", "fit_numbers", "folds_by_family", "kernel_groups", "predict_kernels"]
 
 F = npt.NDArray[np.float64]
 # Number → where the fit starts, and the least and the most that it may become.
 RANGES: dict[str, tuple[float, float, float]] = {
     "core_fraction": (0.88, 0.4, 1.1),
     "core_start": (50.0, 5.0, 300.0),
-    "fp32_pj_per_flop": (14.0, 4.0, 40.0),
-    "energy_exponent": (1.5, 0.5, 3.0),
+    "fp32_pj_per_flop": (18.0, 4.0, 40.0),
+    "energy_exponent": (2.0, 0.5, 3.0),
     "tensor_fraction": (0.9, 0.5, 1.15),
     "tensor_half": (5.0, 0.3, 60.0),
     "tensor_start": (30.0, 3.0, 600.0),
@@ -47,7 +47,8 @@ RANGES: dict[str, tuple[float, float, float]] = {
     "stream": (0.92, 0.6, 1.0),
     "batch_norm": (0.8, 0.1, 1.2),
     "batch_norm_backward": (0.4, 0.05, 1.2),
-    "layer_norm": (0.9, 0.1, 2.0),
+    "layer_norm": (0.8, 0.1, 1.2),
+    "layer_norm_low": (1.5, 0.1, 4.0),
     "layer_norm_backward": (0.4, 0.05, 1.2),
     "softmax": (0.6, 0.1, 1.2),
     "reduce": (0.8, 0.1, 1.5),
@@ -66,8 +67,9 @@ RANGES: dict[str, tuple[float, float, float]] = {
 START = CostNumbers(**{name: start for name, (start, _, _) in RANGES.items()})
 SCALE = 0.1  # errors beyond it count by their size, no more by their square
 PULL = 0.03  # of a number that is e times its start
-KERNELS_A_GROUP = 250  # rows of a kind on a GPU that are fitted; the others are judged
-KERNELS_WEIGHT = 0.5  # of all kernels together, against all steps
+KERNELS_A_GROUP = 150  # rows of a kind on a GPU that are fitted; the others are judged
+TRAINING_WEIGHT = 2.0  # of a training step against a forward: there are fewer of them, and they have more kinds of ops
+KERNELS_WEIGHT = 0.25  # of all kernels together, against all steps
 
 
 @dataclass(slots=True)
@@ -92,10 +94,11 @@ class Measured:
                 steps.add(step)
         return found
 
-    def predicted_ns(self, numbers: CostNumbers) -> F:
-        """The time of each row."""
-        by_gpu = {gpu: steps.predicted_ns(numbers) for gpu, steps in self.sets.items()}
-        return np.array([by_gpu[gpu][place] for gpu, place in self.places])
+    def predicted_ns(self, numbers: CostNumbers, chosen: npt.NDArray[np.bool_] | None = None) -> F:
+        """The time of each row, or of those chosen."""
+        places = [p for i, p in enumerate(self.places) if chosen is None or chosen[i]]
+        by_gpu = {gpu: self.sets[gpu].predicted_ns(numbers) for gpu in {gpu for gpu, _ in places}}
+        return np.array([by_gpu[gpu][place] for gpu, place in places])
 
     @property
     def measured_ns(self) -> F:
@@ -109,7 +112,7 @@ def fit_numbers(
     kernels: Sequence[Kernels],
     *,
     start: CostNumbers = START,
-    rounds: int = 25,
+    rounds: int = 9,
     progress: Callable[[str], None] = lambda what: None,
 ) -> CostNumbers:
     """The numbers that fit the chosen steps and the kernels; a number that nothing depends on stays at its start."""
@@ -119,6 +122,8 @@ def fit_numbers(
     low, high = (np.log([RANGES[name][side] for name in names]) for side in (1, 2))
     origin = np.log([RANGES[name][0] for name in names])
     steps = np.log(measured.measured_ns[chosen])
+    kinds = [row.kind for row, wanted in zip(measured.rows, chosen, strict=True) if wanted]
+    weights = np.sqrt([TRAINING_WEIGHT if kind == "train" else 1.0 for kind in kinds])
     groups = [(k, floor_of(kernels, k.gpu, k.kind)) for k in kernels]
     rows = max(int(chosen.sum()), 1)
     calls = 0
@@ -134,7 +139,7 @@ def fit_numbers(
         numbers = numbers_of(x)
         found = [PULL * (x - origin)]
         if len(steps):
-            found.append(_damped(np.log(measured.predicted_ns(numbers)[chosen]) - steps))
+            found.append(_damped(np.log(measured.predicted_ns(numbers, chosen)) - steps) * weights)
         for k, floor in groups:
             error = np.log(k.predicted_ns(numbers, floor)) - np.log(k.measured_ns)
             weight = (KERNELS_WEIGHT * rows if len(steps) else 1000.0) / len(groups) / len(error)
@@ -168,11 +173,6 @@ def folds_by_family(rows: Sequence[StepRow], count: int) -> npt.NDArray[np.int64
         fold[family] = filled.index(min(filled))
         filled[fold[family]] += sizes[family]
     return np.array([fold[row.family] for row in rows], dtype=np.int64)
-
-
-def predict_steps(measured: Measured, numbers: CostNumbers, chosen: npt.NDArray[np.bool_]) -> F:
-    """Predicted times of the chosen rows."""
-    return measured.predicted_ns(numbers)[chosen]
 
 
 def predict_kernels(fitted: Sequence[Kernels], judged: Sequence[Kernels], numbers: CostNumbers) -> list[F]:

@@ -4,6 +4,7 @@ Each function takes values and returns a `matplotlib.figure.Figure`; `save_figur
 equal bytes. Nothing here touches pyplot, so figures can be drawn in any thread and in any program.
 """
 
+from vdnn.reporting.plots.accuracy import accuracy_figure, families_figure
 from vdnn.reporting.plots.bandwidth import Line, bandwidth_figure
 from vdnn.reporting.plots.beside import Bars, Panel, Stack, pairs_figure, stacked_figure
 from vdnn.reporting.plots.canvas import save_figure
@@ -20,8 +21,10 @@ __all__ = [
     "Line",
     "Panel",
     "Stack",
+    "accuracy_figure",
     "advice_figure",
     "bandwidth_figure",
+    "families_figure",
     "growth_figure",
     "layers_figure",
     "memory_figure",
