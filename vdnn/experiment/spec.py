@@ -182,7 +182,7 @@ _SECTION: dict[str, tuple[Any, Any]] = {  # key: type, default (... where there 
     "options": (dict, {}),
 }
 _RUN: dict[str, tuple[Any, Any]] = {"steps": (int, 5), "device": (str, "auto"), "seed": (int, 0)}
-_FIGURE: dict[str, tuple[Any, Any]] = dict(kind=(str, ...), file=(str, ...), caption=(str, ""), select=(dict, {}))
+_FIGURE = {"kind": (str, ...), "file": (str, ...), "caption": (str, ""), "select": (dict, {})}
 _FILE: dict[str, tuple[Any, Any]] = {
     "title": (str, ...),
     "text": (str, ""),
