@@ -21,7 +21,7 @@ from vdnn.fidelity.fitting import RANGES, START, Measured, fit_numbers, folds_by
 from vdnn.fidelity.page import fidelity_lines, reason_of
 from vdnn.fidelity.rows import KernelRow, StepRow, family_of, kernel_rows, step_rows
 from vdnn.fidelity.steps import Kernels, Shaped, StepSet
-from vdnn.fidelity.times import FAMILIES_OUT, fitted_text
+from vdnn.fidelity.times import FAMILIES_OUT, fitted_text, intervals_of
 from vdnn.sim import simulate_step
 from vdnn.synthetic import conv_chain, transformer_chain
 from vdnn.values import Trace, hardware, save
@@ -170,6 +170,15 @@ def test_an_interval_leaves_as_many_out_below_as_above() -> None:
     spread = spread_of(rows, 0.9)
     assert (spread.low, spread.high) == (pytest.approx(0.82), pytest.approx(1.18))
     assert covered(rows, spread) == pytest.approx(37 / 41)
+
+
+def test_a_gpu_that_is_off_one_way_may_be_followed_by_one_that_is_off_the_other() -> None:
+    rows = [prediction(100, 95 + i) for i in range(11)]
+    others = [prediction(100, 150 + i, how="GPU left out") for i in range(11)]
+    known, unseen = intervals_of(rows + others)
+    assert known.low < 1 < known.high
+    assert unseen.high == pytest.approx(1 / unseen.low)
+    assert unseen.low < 100 / 159
 
 
 def test_half_the_time_is_as_wrong_as_twice_the_time() -> None:

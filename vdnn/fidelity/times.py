@@ -237,10 +237,18 @@ def kernel_lines(folder: Path, how: str) -> list[str]:
 
 
 def intervals_of(predictions: Sequence[Prediction]) -> tuple[Spread, Spread]:
-    """The spread on the GPU that numbers are fitted to, and on one that was left out."""
-    known = [p for p in predictions if p.how == FAMILIES_OUT]
-    unseen = [p for p in predictions if p.how != FAMILIES_OUT] or known
-    return spread_of(known), spread_of(unseen)
+    """The spread on the GPU that numbers are fitted to, and on one that no fit has seen.
+
+    Which way a GPU deviates as a whole is not known before it is measured: the second goes as far up as down, and is no
+    narrower than the first.
+    """
+    known = spread_of([p for p in predictions if p.how == FAMILIES_OUT])
+    others = [p for p in predictions if p.how != FAMILIES_OUT]
+    if not others:
+        return known, known
+    spread = spread_of(others)
+    factor = max(spread.high, 1 / spread.low, known.high, 1 / known.low)
+    return known, Spread(spread.coverage, 1 / factor, factor)
 
 
 def coverage_of(predictions: Sequence[Prediction]) -> float:
