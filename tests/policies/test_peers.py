@@ -104,7 +104,8 @@ def test_the_copy_back_of_torchtune_starts_when_the_host_has_issued_it():
     the three copies back when it is issued, and waits for all of its 1000 ns.
     """
     trace, plan = four_convolutions()
-    times = run(trace, resolve(plan, trace), [600] * 13, one_byte_a_ns(launch_ns=2000))
+    machine = one_byte_a_ns(launch_ns=2000)
+    times = run(trace, resolve(plan, trace), [600] * 13, machine, host_ns=[2000] * 13)
     assert times.total_ns == 40600
     assert times.stall_ns == 3000
 

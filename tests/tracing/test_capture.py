@@ -133,7 +133,7 @@ def dims_of(function, *inputs, op):
         (lambda x: x.softmax(1), "_softmax", (240, 4, 30)),  # four numbers a row, 5 · 6 apart
         (lambda x: x.sum((2, 3)), "sum", (240, 8, 1)),
         (lambda x: x.mean(1), "mean", (240, 60, 30)),
-        (lambda x: F.max_pool2d(x, 2), "max_pool2d", (240, 4)),
+        (lambda x: F.max_pool2d(x, 2), "max_pool2d", (240, 4, 7, 16)),  # rows of 6: 1 + 6; 2 · 6 + 2 · 2
         (lambda x: x.transpose(1, 3).contiguous(), "clone", (240, 1, 0)),  # nothing lies side by side in both
         (lambda x: x.transpose(1, 2).contiguous(), "clone", (240, 6, 0)),
         (lambda x: x + x.detach()[:1], "add", (240, 240, 1)),
