@@ -71,7 +71,7 @@ def readme_lines(folder: Path) -> list[str]:
 def _intervals(predictions: Sequence[Prediction]) -> list[str]:
     lines = [
         "Factors of the predicted time between which 90 % of the measured ones lie; checked with intervals that were",
-        "made of the other half of the families.",
+        "made of the other half of the families. For a GPU that no fit has seen the wider side is taken both ways.",
         "",
         "| rows | from | to | measured times inside |",
         "| --- | ---: | ---: | ---: |",
@@ -88,7 +88,7 @@ def _intervals(predictions: Sequence[Prediction]) -> list[str]:
 
 def _worst(predictions: Sequence[Prediction]) -> list[str]:
     lines = [
-        "| model | batch | measured [ms] | predicted [ms] | error | why |",
+        "| model | batch | measured [ms] | predicted [ms] | error | probably because of |",
         "| --- | ---: | ---: | ---: | ---: | --- |",
     ]
     for p in worst(predictions, WORST):
@@ -107,10 +107,11 @@ def _families(predictions: Sequence[Prediction]) -> list[str]:
 
 
 def reason_of(prediction: Prediction) -> str:
-    """Why a prediction is off: the first reason of `reasons.toml` whose pattern the model's name fits."""
+    """Why a prediction is probably off: the first reason of `reasons.toml` whose pattern the model's name fits."""
     data = tomllib.loads((resources.files("vdnn.fidelity") / "reasons.toml").read_text())
     for reason in data["reason"]:
         way = reason.get("way", "")
-        if re.search(reason["model"], prediction.name) and (not way or (way == "over") == (prediction.error > 0)):
+        here = re.search(reason["model"], prediction.name) and re.search(reason.get("rows", ""), prediction.what)
+        if here and (not way or (way == "over") == (prediction.error > 0)):
             return str(reason["text"]).strip()
     return "not known"

@@ -178,7 +178,7 @@ def run_study(study: Study, folder: Path, force: bool, tell: Tell) -> tuple[int,
             continue
         tell(name, number, len(jobs))
         origin = provenance()
-        made = {"command": origin.command, "commit": origin.commit, "vdnn": origin.vdnn}
+        made = {"commit": origin.commit, "vdnn": origin.vdnn}  # the command names folders of the machine
         result = {"provenance": made, "rows": len(study.measured.rows), **work()}
         part = path.with_suffix(".part")
         part.write_text(json.dumps(result, separators=(",", ":")) + "\n")

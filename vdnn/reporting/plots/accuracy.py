@@ -37,7 +37,7 @@ def accuracy_figure(groups: Mapping[str, Sequence[tuple[float, float]]], band: f
     axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, aspect="equal")
     axes.set_xlabel("measured [ms]")
     axes.set_ylabel("predicted [ms]")
-    legend_above(figure, axes.get_legend_handles_labels()[0], columns=2)
+    legend_above(figure, axes.get_legend_handles_labels()[0], columns=1)
     return figure
 
 
@@ -51,7 +51,7 @@ def families_figure(families: Mapping[str, Sequence[float]]) -> Figure:
     if not families:
         raise UsageError("there are no families to draw")
     names = sorted(families, key=lambda name: float(np.median(families[name])))
-    figure = new_figure(9.5, 3.4)
+    figure = new_figure(3.4, 9.5)
     axes = figure.subplots()
     for place, name in enumerate(names):
         errors = 100 * np.array(families[name])
