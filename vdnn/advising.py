@@ -1,7 +1,7 @@
 """Which GPU for a model: on each, whether the step fits, with what plan, how long it takes, and what fitting costs.
 
-The step is captured once (and once more with its repeated blocks recomputed), and planned for each GPU's memory. What
-CUDA and its libraries take beside is kept free: `Hardware.context_bytes`.
+The step is captured once (and once more with its repeated blocks recomputed), and planned for each GPU's memory, less
+what CUDA takes of it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def advise(
     found = []
     for machine in machines:
         progress(machine.id)
-        budget = max(machine.available_bytes, 1)
+        budget = machine.available_bytes
         free = simulate_step(trace, None, machine, memory_limit=1 << 60)
         free_ns = free.iteration_time_ns or 0
         try:

@@ -96,7 +96,7 @@ def test_advise_plans_where_the_step_does_not_fit_and_says_what_is_missing_where
     card = hardware("rtx4090")
     machines = [
         replace(card, id=name, memory_bytes=card.context_bytes + size)
-        for name, size in (("large", 1 << 33), ("small", 430 << 20), ("tiny", 1 << 20))
+        for name, size in (("large", 1 << 33), ("small", 480 << 20), ("tiny", 1 << 20))
     ]
     rows = advise(trace, None, machines, Options())
     assert [row.gpu for row in rows] == ["large", "small", "tiny"]

@@ -141,7 +141,7 @@ def test_merged_breakpoints_only_lower_the_bound(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_solver_that_gives_up_leaves_heuristics_and_says_so() -> None:
-    trace = conv_chain(batch=512, channels=(16, 32) * 6)
+    trace = replace(conv_chain(batch=512, channels=(16, 32) * 6), device="cpu")  # requested bytes decide
     most, least = max(requested(trace)), least_peak(trace)
     planned = best_plan(trace, MACHINE, least + (most - least) // 2, Options(min_bytes=1), seconds=0.0)
     assert planned.result.fits

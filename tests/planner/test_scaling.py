@@ -26,7 +26,7 @@ def chain(batch: int):
 
 
 def test_a_scaled_plan_takes_the_same_decisions_and_fits_the_scaled_budget() -> None:
-    plan = best_plan(chain(128), MACHINE, 220 << 20, OPTIONS).plan
+    plan = best_plan(chain(128), MACHINE, 300 << 20, OPTIONS).plan
     other = chain(160)
     scaled = scaled_plan(plan, other)
     assert [type(e.action) for e in scaled.entries] == [type(e.action) for e in plan.entries]
@@ -41,7 +41,7 @@ def test_a_scaled_plan_takes_the_same_decisions_and_fits_the_scaled_budget() -> 
 
 
 def test_a_plan_does_not_scale_to_another_model_or_device() -> None:
-    plan = best_plan(chain(128), MACHINE, 220 << 20, OPTIONS).plan
+    plan = best_plan(chain(128), MACHINE, 300 << 20, OPTIONS).plan
     with pytest.raises(PlanMismatchError, match="plan it anew"):
         scaled_plan(plan, fork_join(batch=128))
     with pytest.raises(PlanMismatchError, match="device"):

@@ -114,7 +114,10 @@ def frontier_of(
         budget = least + (baseline - least) * percent // 100
         progress(f"{percent} %")
         begin = time.process_time()
-        planned = best_plan(trace, machine, budget, blocks=blocks)
+        try:
+            planned = best_plan(trace, machine, budget, blocks=blocks)
+        except InfeasibleError:
+            continue  # a little more memory than the least may fit worse: the allocator's fragments are not monotone
         seconds = time.process_time() - begin
         others = {}
         for name, (step, plan, free) in fixed.items():
@@ -158,5 +161,5 @@ def _policy(step: Trace, plan: Plan, free: RunResult, machine: Hardware) -> dict
             high = middle
         else:
             low = middle
-    alone = any(isinstance(e.action, Recompute) and not e.action.through for e in plan.entries)
+    alone = any(isinstance(a := e.action, Recompute) and not (a.through or a.block) for e in plan.entries)
     return {"time_ns": free.iteration_time_ns, "least_bytes": high, "simulated_only": alone}

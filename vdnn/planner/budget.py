@@ -42,6 +42,8 @@ _CANDIDATES = (
     "vdnn-dyn",
     "recompute",
     "recompute-offload",
+    "recompute-blocks",
+    "capuchin",
     "encode",
     "encode-offload",
     "checkpoint-offload",
@@ -153,6 +155,8 @@ def _best_of(
     if not fitting:
         search = Search(trace, hardware, replace(options, min_bytes=min(options.min_bytes, _SMALL)))
         fitting = [pair for pair in map(judged, _searched(search, budget, seconds)) if pair[1].fits][:1]
+    if not fitting:  # what would be named as the least budget, if that were more
+        fitting = [pair for pair in [judged(least_plan(trace, hardware, options).plan)] if pair[1].fits]
     best = min(fitting, key=lambda pair: (pair[1].iteration_time_ns or 0, pair[0].offloaded_bytes), default=None)
     return search.gave_up > 0, best
 
@@ -161,9 +165,11 @@ def _candidates(trace: Trace, hardware: Hardware, options: Options, budget: int)
     choice = replace(options, rules="event", budget_bytes=budget)
     for name in _CANDIDATES:
         try:
-            yield decide(name, trace, hardware, choice)
+            plan = decide(name, trace, hardware, choice)
         except (UsageError, InfeasibleError):
             continue  # vdnn-dyn says so where nothing of its own fits
+        if not any(isinstance(a := e.action, Recompute) and not (a.through or a.block) for e in plan.entries):
+            yield plan  # the engine executes it: capuchin's recomputation of single ops it does not
 
 
 def _searched(search: Search, budget: int, seconds: float) -> Iterator[Plan]:
@@ -300,4 +306,5 @@ def _impossible(trace: Trace, hardware: Hardware, budget: int, options: Options)
         f"{format_bytes(least.plan.budget_bytes or 0)}, at {least.result.peak_at}, filled by {filling}"
         + (f" (largest: {top})" if top else "")
         + "; give that budget, or a smaller batch"
+        + (" (more memory may fit worse: other fragments)" if (least.plan.budget_bytes or 0) <= budget else "")
     )
