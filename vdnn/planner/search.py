@@ -36,7 +36,7 @@ _LINKS = (100, 60)
 _RUNS = (40, 5, 0)
 _BREAKPOINTS = 450  # of a seed's program: coarser than the bound's
 _AHEAD = (0, 1, 3)
-_REFITS = 6
+_REFITS = 5
 
 
 @dataclass(frozen=True, slots=True)
