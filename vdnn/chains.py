@@ -22,7 +22,12 @@ from vdnn.values.trace import Trace
 __all__ = ["RANDOM", "Chain", "action_of", "chains", "makers", "planned_chains"]
 
 # Words in the names of ops that draw random numbers.
-RANDOM = ("dropout", "bernoulli", "rand", "normal_", "multinomial", "uniform_", "exponential_")
+RANDOM = (
+    "dropout", "bernoulli", "rand", "normal_", "multinomial", "uniform_", "exponential_", "rrelu", "poisson",
+    "geometric_", "cauchy_", "binomial", "gamma", "dirichlet",
+)  # fmt: skip
+# Those that draw them where they were asked to, which their names do not say.
+_PERHAPS = ("scaled_dot_product", "flash_attention", "efficient_attention", "_rnn", "_lstm")
 
 _CHEAP = ("norm", "elementwise", "pool", "reduce", "copy", "view", "other")
 _LONGEST = 3
@@ -158,7 +163,7 @@ class _Looking:
         if call < 0 or not self.own[call]:
             return False
         ops = [self.trace.ops[i] for i in self.own[call]]
-        if any(word in op.name for op in ops for word in RANDOM):
+        if any(word in op.name for op in ops for word in (*RANDOM, *_PERHAPS)):
             return False
         return all(op.kernel in _CHEAP for op in ops) or (self.costly and call not in self.parents)
 

@@ -28,7 +28,7 @@ class Residual(nn.Module):
         super().__init__()
         self.one, self.norm, self.act = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(True)
         self.drop, self.two = nn.Dropout(0.3), nn.Conv2d(width, width, 1)
-        self.way = ""
+        self.way, self.runs = "", list[int]()  # what is in a list is not put back when a block runs again
 
     def forward(self, x: torch.Tensor, scale: float = 1.0, *, shift: torch.Tensor | None = None) -> torch.Tensor:
         if self.way == "changes":
@@ -43,8 +43,8 @@ class Residual(nn.Module):
         return torch.tanh(x + y if shift is None else x + y * shift)
 
     def again(self) -> bool:
-        self.runs = getattr(self, "runs", 0) + 1
-        return self.runs > 1
+        self.runs.append(0)
+        return len(self.runs) > 1
 
 
 class Net(nn.Module):

@@ -24,6 +24,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from vdnn.calls import Frame, Hook
+from vdnn.engine.before import Before
 from vdnn.engine.device import Device, is_plain
 from vdnn.engine.recomputed import Layout, RecomputedStorage, Rerun
 
@@ -75,6 +76,7 @@ class BlockRun:
     __slots__ = (
         "_args",
         "_base",
+        "_before",
         "_began",
         "_kwargs",
         "_rerun",
@@ -90,6 +92,7 @@ class BlockRun:
         self.broken = ""
         self.over = False
         self._began = _versions(frame.args)
+        self._before = Before(frame.module)
         self._base: dict[int, int] = {}  # first call of each module in the block
         self._storages: dict[int, weakref.ref[BlockStorage]] = {}  # by plan entry
         self._rng = _generators()
@@ -133,7 +136,7 @@ class BlockRun:
             self._source = None
             return
         first, *others = frame.args
-        self._rerun = Rerun(frame.module, first.device.type)
+        self._rerun = Rerun(frame.module, first.device.type, self._before)
         self._args = (_Placeholder(Layout(first), first.requires_grad), *(_kept(arg) for arg in others))
         self._kwargs = {name: _kept(arg) for name, arg in frame.kwargs.items()}
         for weak in self._storages.values():
@@ -147,6 +150,9 @@ class BlockRun:
             return f"a {name} does not take its input as its first argument"
         if _versions(args) != self._began:
             return f"a {name} changes its input"
+        changed = self._before.changed()
+        if changed:
+            return f"a {name} changes {changed}, and may depend on it"
         if self._taken is None or not self._taken.holds(Layout(args[0])):
             return f"a {name} saves another tensor than its input"
         if not all(is_plain(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)):

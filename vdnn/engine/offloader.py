@@ -91,6 +91,8 @@ class Offloader:
                 here.block = here.blocks[slot.block] = BlockRun(frame)
             if here.block is not None:
                 here.block.enters(frame)
+            for entry, _ in slot.links:
+                here.chain(entry).begins(frame.module)
             self._run(frame)
 
     def leave(self, frame: Frame) -> None:

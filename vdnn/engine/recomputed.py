@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from vdnn.calls import Hook
+from vdnn.engine.before import Before, buffers_read
 from vdnn.engine.device import Device, byte_view, is_plain
 from vdnn.engine.remade import RemadeStorage
 from vdnn.engine.storage import extent, same_counter, typed
@@ -66,10 +67,12 @@ class Layout:
 class Rerun:
     """One module call, to be made again."""
 
-    __slots__ = ("autocast", "module", "parts", "versions")
+    __slots__ = ("autocast", "before", "buffers", "module", "parts", "versions")
 
-    def __init__(self, module: nn.Module, device: str) -> None:
+    def __init__(self, module: nn.Module, device: str, before: Before) -> None:
         self.module = module
+        self.before = before
+        self.buffers = [pair for m in module.modules() if m._buffers for pair in buffers_read(m).values()]
         self.parts = [(m, dict(m._parameters), dict(m._buffers), m.training) for m in module.modules()]
         self.versions = [p._version for p in self._parameters()]
         self.autocast = (
@@ -92,10 +95,18 @@ class Rerun:
                     f"a parameter {list(parameter.shape)} of a {type(self.module).__name__}, with which a feature map "
                     f"is computed again, is at version {parameter._version}; expected version {version} instead"
                 )
+        for buffer, version in self.buffers:
+            if buffer._version != version:
+                raise RuntimeError(
+                    f"a buffer {list(buffer.shape)} of a {type(self.module).__name__}, with which a feature map is "
+                    f"computed again, was changed since forward: it is at version {buffer._version}; expected version "
+                    f"{version} instead. Change it after backward, or plan without recomputation"
+                )
         device, enabled, dtype, cache = self.autocast
         with (
             torch.set_grad_enabled(grad),
             torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache),
+            self.before.attributes(),
             self._as_it_was(),
         ):
             return self.module.forward(*args, **kwargs)
@@ -121,12 +132,13 @@ class Rerun:
 class ChainRun:
     """The module calls of one plan entry while forward runs: whether each takes what the one before gave."""
 
-    __slots__ = ("broken", "done", "given", "last", "layout", "links", "out", "source", "storage", "taken")
+    __slots__ = ("before", "broken", "done", "given", "last", "layout", "links", "out", "source", "storage", "taken")
 
     def __init__(self) -> None:
         self.source: Any = None  # what the pack hook gave autograd for the first module's input
         self.taken: Layout | None = None
         self.given: Layout | None = None
+        self.before: Before | None = None  # of the module that runs
         self.links: list[Rerun] = []
         self.last: weakref.ref[torch.Tensor] | None = None
         self.out: weakref.ref[torch.UntypedStorage] | None = None
@@ -139,6 +151,10 @@ class ChainRun:
         """The first module's input was packed."""
         self.source, self.taken = packed, Layout(tensor)
 
+    def begins(self, module: nn.Module) -> None:
+        """A module call of the chain begins."""
+        self.before = Before(module)
+
     def link(self, module: nn.Module, args: tuple[Any, ...], output: Any, last: bool) -> None:
         """A module call of the chain is over."""
         if not self.broken:
@@ -147,7 +163,8 @@ class ChainRun:
             self.source = None
             self.links.clear()
             return
-        self.links.append(Rerun(module, output.device.type))
+        assert self.before is not None
+        self.links.append(Rerun(module, output.device.type, self.before))
         self.last = weakref.ref(output)
         if last:
             self.done = True
@@ -165,6 +182,9 @@ class ChainRun:
             return f"a {name} has parameters of a kind of their own"
         if any(not isinstance(hook, Hook) for hook in module._forward_hooks.values()):
             return f"a {name} has forward hooks, which may change what it gives"
+        changed = self.before.changed() if self.before is not None else "what it is"
+        if changed:
+            return f"a {name} changes {changed}, and may depend on it"
         if not self.links:
             self.given = Layout(args[0])
             if self.taken is None or not self.taken.holds(self.given):

@@ -33,6 +33,8 @@ def by_rule(rule: Rule, frame: Frame, tensor: torch.Tensor) -> bool:
     """Whether the rule takes a saved tensor that no plan knows."""
     if tensor.nbytes < rule.min_bytes:
         return False
+    if isinstance(frame.module, nn.RReLU):
+        return False  # its op saves the noise first and draws it then
     if rule.types and not isinstance(frame.module, rule.types):
         return False
     # autocast's low-precision copy of a weight is no feature map: the layer casts it once a step for all

@@ -9,7 +9,10 @@ from vdnn.policies.options import Options
 from vdnn.units import format_bytes
 from vdnn.values.trace import SavedTensor, Storage, Trace
 
-__all__ = ["Saved", "inside", "survey"]
+__all__ = ["WRITTEN_LATER", "Saved", "inside", "survey"]
+
+# Nodes of ops that write to a tensor that they have saved, and do not count that as a change of it.
+WRITTEN_LATER = ("RreluWithNoiseBackward0",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,8 @@ def _why(trace: Trace, storage: int, tensors: list[int], options: Options) -> st
         return f"smaller than {format_bytes(options.min_bytes)}"
     if any(t.module < 0 for t in saved):
         return "saved outside the model too (by the loss), where wrap does not see it"
+    if any(t.node in WRITTEN_LATER for t in saved):
+        return "its op saves it first and fills it then, which no pack hook sees"
     if s.need < 0:
         return "backward never asks for it"
     if options.regime != "paper" and _no_gap(s, saved):  # vDNN offloads the last layer's X, too
