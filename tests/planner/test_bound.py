@@ -146,3 +146,20 @@ def test_a_solver_that_gives_up_leaves_heuristics_and_says_so() -> None:
     planned = best_plan(trace, MACHINE, least + (most - least) // 2, Options(min_bytes=1), seconds=0.0)
     assert planned.result.fits
     assert any("the solver gave up after 0 s" in note for note in planned.plan.notes)
+
+
+def test_codes_are_within_the_bound_too() -> None:
+    """Pools ask for the form of their inputs alone: keeping just that was faster than the bound on every plan."""
+    import torch
+    from torch import nn
+
+    import vdnn
+
+    parts = [(nn.Conv2d(16, 64, 7, padding=3), nn.AvgPool2d(2, 1), nn.Conv2d(64, 16, 1)) for _ in range(3)]
+    model = nn.Sequential(*(layer for part in parts for layer in part))
+    trace = vdnn.capture(model, torch.randn(16, 16, 96, 96), device="cpu")
+    machine = hardware("rtx4090")
+    coded = simulate_step(trace, decide("encode", trace, machine, Options(min_bytes=1)), machine)
+    assert coded.peak_requested_bytes < max(requested(trace))
+    bound = time_bound(trace, machine, times_with(trace, machine, {}, ""), coded.peak_requested_bytes)
+    assert bound.time_ns <= (coded.iteration_time_ns or 0)

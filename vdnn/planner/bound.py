@@ -31,6 +31,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from vdnn.chains import makers
+from vdnn.encodable import encodable
 from vdnn.liveness import requested
 from vdnn.moments import MOVABLE, extent
 from vdnn.sim.run import clock
@@ -61,7 +62,8 @@ class Bound:
 class Piece:
     """One storage that may be away, in [gone, need): the least that a copy carries, and the ops that make it again.
 
-    `free` is where autograd lets go of it; `again` is None if nothing makes it again.
+    `free` is where autograd lets go of it; `again` is None if nothing makes it again, and empty where a code may stand
+    for it: what making and reading the code takes is left out, and so is the code.
     """
 
     storage: int
@@ -80,6 +82,7 @@ def pieces(trace: Trace) -> list[Piece]:
     for i, t in enumerate(trace.saved):
         tensors.setdefault(t.storage, []).append(i)
     made = makers(trace)
+    coded = encodable(trace)
     found = []
     for storage, group in tensors.items():
         s = trace.storages[storage]
@@ -88,7 +91,7 @@ def pieces(trace: Trace) -> list[Piece]:
         packed = [trace.saved[i].packed_at for i in group]
         gone, need = max(s.release, max(packed)), s.need if s.need >= 0 else s.free
         if gone < need:
-            again = _closure(trace, storage, need, made)
+            again = () if storage in coded else _closure(trace, storage, need, made)
             covered = min(s.nbytes, _covered(trace, group)) if s.need >= 0 else 0
             found.append(Piece(storage, s.nbytes, covered, min(packed), gone, need, s.free, again))
     return found

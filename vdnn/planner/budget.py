@@ -119,9 +119,11 @@ def best_plan(
     room = max(budget_bytes - held_bytes(trace, hardware), 1)
     bound = time_bound(trace, hardware, op_ns, room, seconds=seconds)
     found: list[tuple[Trace, Plan, RunResult]] = []
+    gave_up = False
     for step in (trace, blocks):
         if step is not None:
-            gave_up, pair = _best_of(step, hardware, budget_bytes, options, seconds)
+            late, pair = _best_of(step, hardware, budget_bytes, options, seconds)
+            gave_up = gave_up or late
             if pair is not None:
                 found.append((step, *pair))
     if not found:
