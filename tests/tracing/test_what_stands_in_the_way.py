@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import random
 from collections.abc import Callable
@@ -362,3 +363,24 @@ def test_twenty_captures_leave_nothing_behind(last: type[nn.Module], device: str
         once()
     assert fakes() <= tensors
     assert len(gc.get_objects()) - objects < 200
+
+
+class CopiesAPart(nn.Module):
+    """Builds its second half as a copy of the first, and shrinks it, as pruned models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+        self.second = copy.deepcopy(self.first)
+        self.third = copy.deepcopy(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.second(self.first(x))
+        return self.third(x) if "third" in self._modules else x
+
+
+def test_a_model_that_copies_parts_of_itself_while_it_is_built() -> None:
+    """The copies were of another fake mode, which ended the capture and later the process."""
+    for _ in range(2):
+        trace = capture_model(CopiesAPart, lambda place: ((torch.zeros(4, 8),), {}), optimizer="sgd")
+        assert sum(op.name.startswith("aten.addmm") for op in trace.ops) == 4

@@ -76,7 +76,8 @@ def outside_the_engine() -> Iterator[None]:
 def undisturbed() -> Iterator[None]:
     """The step's own surroundings whatever the caller's are, and the caller's random numbers as they were.
 
-    Gradients on, autocast off, compiled modules run as they were written.
+    Gradients on, autocast off, compiled modules run as they were written. A model that copies parts of itself while it
+    is built copies fake tensors, and would copy their mode with them: two modes do not mix.
     """
     numpy = sys.modules.get("numpy")
     drawn = random.getstate(), torch.get_rng_state(), numpy.random.get_state() if numpy is not None else None
@@ -86,6 +87,7 @@ def undisturbed() -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_as_written())
+        stack.enter_context(mock.patch.object(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, create=True))
         for kind in before:
             torch.set_autocast_enabled(kind, False)
         try:
