@@ -13,7 +13,7 @@ from vdnn.errors import InfeasibleError
 from vdnn.planner import best_plan, least_plan
 from vdnn.policies import Options
 from vdnn.sim import simulate_step
-from vdnn.values import Hardware, Keep, Offload, Recompute, Trace
+from vdnn.values import Hardware, Keep, Offload, Recompute, RunResult, Trace
 
 __all__ = ["Advice", "advise"]
 
@@ -24,7 +24,8 @@ class Advice:
 
     `how` is "as it is", what the plan does ("offload", "recompute", "blocks", joined by "+"), or "" where nothing
     fits; `needs_bytes` is the reserved peak, or the least budget known where nothing fits. `free_time_ns` is the step
-    with unlimited memory, `time_ns` the step that fits, `bound_ns` what no plan goes below.
+    with unlimited memory, `time_ns` the step that fits, `bound_ns` what no plan goes below. `result` is the step in the
+    GPU's memory under the plan, `without` without one; where nothing fits both are the latter.
     """
 
     gpu: str
@@ -37,6 +38,8 @@ class Advice:
     bound_ns: int | None
     offloaded_bytes: int
     samples_per_s: float | None
+    result: RunResult
+    without: RunResult
 
     @property
     def slowdown(self) -> float | None:
@@ -63,7 +66,10 @@ def advise(
         except InfeasibleError:
             steps = [step for step in (trace, blocks) if step is not None]
             needs = min(least_plan(step, machine, options).plan.budget_bytes or 0 for step in steps)
-            found.append(Advice(machine.id, machine.memory_bytes, False, "", needs, None, free_ns, None, 0, None))
+            plain = simulate_step(trace, None, machine, memory_limit=budget)
+            found.append(
+                Advice(machine.id, machine.memory_bytes, False, "", needs, None, free_ns, None, 0, None, plain, plain)
+            )
             continue
         time_ns = planned.result.iteration_time_ns or 0
         actions = [entry.action for entry in planned.plan.entries]
@@ -83,6 +89,8 @@ def advise(
                 planned.bound.time_ns,
                 planned.result.offloaded_bytes or 0,
                 trace.batch * 1e9 / time_ns if time_ns else None,
+                planned.result,
+                planned.without,
             )
         )
     return sorted(found, key=lambda one: (one.time_ns is None, one.time_ns or one.needs_bytes - one.memory_bytes))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.test_cli import vdnn
+from vdnn.reporting.rows import COLUMNS
 from vdnn.synthetic import conv_chain
 from vdnn.values import save
 
@@ -80,6 +81,9 @@ def test_advise_says_for_each_gpu_what_fitting_costs(chain: str, tmp_path: Path)
         assert row["fits"]
         assert row["how"] == "as it is"
         assert row["slowdown"] == 1
+        assert row["iteration_time_ns"] == row["time_ns"]
+        assert {*COLUMNS} <= {*row}
+        assert {*COLUMNS} <= {*row["baseline"]}
     assert rows["rtx4090"]["time_ns"] < rows["t4"]["time_ns"]
     text = vdnn("advise", chain, *gpus)
     assert text.stdout.index("rtx4090") < text.stdout.index("t4")
@@ -111,3 +115,21 @@ def test_advise_plans_where_the_step_does_not_fit_and_says_what_is_missing_where
     assert not tiny.fits
     assert tiny.needs_bytes > tiny.memory_bytes - card.context_bytes
     assert tiny.slowdown is None
+
+
+def test_a_trace_that_is_of_another_step_than_asked_for_is_an_error(chain: str) -> None:
+    """The batch size and the model's options were read and left aside: the numbers were those of the trace's batch."""
+    for asked in (("--batch", "7"), ("--precision", "bf16"), ("--optimizer", "adamw"), ("-O", "image_size=64")):
+        done = vdnn("simulate", chain, "--gpu", "rtx4090", *asked)
+        assert done.returncode == 2, done.stderr
+        assert "is a trace" in done.stderr
+        assert asked[1] in done.stderr
+
+
+def test_an_explained_plan_has_the_numbers_of_the_step_too(chain: str) -> None:
+    done = vdnn("plan", chain, "--gpu", "rtx4090", "--policy", "vdnn-all", "--explain", "--json")
+    row = json.loads(done.stdout)
+    assert {*COLUMNS} <= {*row}
+    assert {*COLUMNS} <= {*row["baseline"]}
+    assert row["policy"] == "vdnn-all"
+    assert row["baseline"]["policy"] == "none"

@@ -42,11 +42,12 @@ def advise(
 
     Example: vdnn advise torchvision:resnet50 --batch 256 --plot resnet50-gpus.png
     """
-    from dataclasses import asdict
+    from dataclasses import fields
 
+    from vdnn.advising import Advice
     from vdnn.advising import advise as advices
     from vdnn.policies import model_options as options_of
-    from vdnn.reporting import advice_table, as_text
+    from vdnn.reporting import advice_table, as_text, result_rows
 
     machines = [hardware(name) for name in gpu or preset_ids()]
     if plot is not None and plot.exists() and not force:
@@ -60,7 +61,15 @@ def advise(
             blocks = None  # the model has no repeated blocks
     with busy(f"planning {model} for {len(machines)} GPUs"):
         found = advices(trace, blocks, machines)
-    rows: list[dict[str, Any]] = [{**asdict(one), "slowdown": one.slowdown} for one in found]
+    own = [field.name for field in fields(Advice) if field.name not in ("result", "without")]
+    rows: list[dict[str, Any]] = [
+        {
+            **result_rows([one.result], one.without)[0],
+            **{name: getattr(one, name) for name in own},
+            "slowdown": one.slowdown,
+        }
+        for one in found
+    ]
     title = f"{trace.model} · batch {trace.batch} · {trace.precision} · {trace.optimizer}"
     if as_json:
         typer.echo(json.dumps(rows, indent=1))

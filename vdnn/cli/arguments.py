@@ -148,6 +148,7 @@ def trace_of(
     if model.endswith((".json", ".json.gz")):
         loaded = load_value(model, "trace")
         assert isinstance(loaded, Trace)
+        _must_agree(loaded, model, batch, precision, optimizer, [*(texts or []), *(parts or [])])
         return loaded
     recipe = recipe_of(parts)
     asked = options_of(policy) if policy else {}
@@ -165,6 +166,24 @@ def trace_of(
     if seen is not None:
         seen[str(asked)] = found
     return found
+
+
+def _must_agree(trace: Trace, file: str, batch: str, precision: str, optimizer: str, texts: list[str]) -> None:
+    """Check what is asked of a step that is there already; what every command has by default asks nothing.
+
+    Raises:
+        UsageError: it is another step than the trace's.
+    """
+    asked = (
+        ("batch", batch, str(trace.batch), ("32",)),
+        ("precision", precision, trace.precision, ("fp32", "amp")),
+        ("optimizer", optimizer, trace.optimizer, ("none", "sgd")),
+    )
+    for name, value, there, defaults in asked:
+        if value not in (there, *defaults):
+            raise UsageError(f"{file} is a trace of {name} {there}, not {value}: capture the model as you want it")
+    if texts:
+        raise UsageError(f"{file} is a trace, which {texts[0]} no longer changes: capture the model with it")
 
 
 def must_be_free(path: Path | None, force: bool) -> None:

@@ -94,7 +94,7 @@ def plan(
 
     Example: vdnn plan torchvision:resnet50 --batch 128 --gpu rtx4090 --precision amp --budget 4GiB --explain
     """
-    from vdnn.reporting import as_rows, as_text, explained, explanation, plan_report, plan_rows
+    from vdnn.reporting import as_rows, as_text, explained, explanation, plan_report, plan_rows, result_rows
 
     must_be_free(output, force)
     must_be_one(policy=policy, budget=budget)
@@ -109,7 +109,13 @@ def plan(
     else:
         rows, table = plan_rows(made), plan_report(made)
     if as_json:
-        typer.echo(json.dumps({"notes": list(made.notes), "entries": as_rows(rows)}, indent=1))
+        numbers: dict[str, Any] = {}
+        if explain:
+            plain = trace_of(model, batch, precision, optimizer, options, device, no_cache, parts=recipe)
+            baseline = api.plan(plain, gpu, "none", **how)
+            without = api.simulate(plain, baseline, gpu, memory_limit=made.budget_bytes, regime=regime)
+            numbers = result_rows([result], without)[0]
+        typer.echo(json.dumps({**numbers, "notes": list(made.notes), "entries": as_rows(rows)}, indent=1))
     else:
         typer.echo(as_text(table, width=130 if explain else 100), nl=False)
     write_value(made, output)
