@@ -283,7 +283,7 @@ def max_batch(
     Example: vdnn max-batch torchvision:resnet50 --gpu rtx4090 --precision amp
     """
     from vdnn.policies import Options, distinct, find, names
-    from vdnn.reporting import as_text, batches_table, result_row
+    from vdnn.reporting import as_text, batches_table, result_rows
 
     chosen = policy or distinct(names(), Options())
     for name in chosen:
@@ -305,6 +305,6 @@ def max_batch(
                 raise
             typer.echo(f"vdnn: left out: {error}", err=True)
     if as_json:
-        typer.echo(json.dumps([result_row(result) for result in results], indent=1))
+        typer.echo(json.dumps(result_rows(results), indent=1))
     else:
         typer.echo(as_text(batches_table(results)), nl=False)
