@@ -12,11 +12,11 @@
     memory      live_k - (gone out and released) + come back - dropped <= budget, while each op runs
 
 It is a bound because it only leaves things out: transfers may be partial and start at any time, what a storage is
-computed again from is there for nothing, no allocator rounds, no kernel launch is late, no copy has a latency. It has a
-row for each breakpoint and its sums are written as recurrences (cumulative rows take HiGHS minutes instead of a
-second). Breakpoints are the positions where something is packed, let go, or needed; beyond `_MOST` of them neighbours
-are merged, which again only leaves things out: packs and releases move to the beginning of their stretch, needs to its
-end.
+computed again from is there for nothing, a code takes no time and no memory, no allocator rounds, no kernel launch is
+late, no copy has a latency. It has a row for each breakpoint and its sums are written as recurrences (cumulative rows
+take HiGHS minutes instead of a second). Breakpoints are the positions where something is packed, let go, or needed;
+beyond `_MOST` of them neighbours are merged, which again only leaves things out: packs and releases move to the
+beginning of their stretch, needs to its end.
 
 A budget binds reserved memory; requested bytes are never more than that, so the bound holds for it.
 """
