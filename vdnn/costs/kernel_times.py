@@ -134,12 +134,8 @@ def product_ns(shapes: Sequence[ProductShape], machine: Machine, c: CostNumbers)
             rate, tensor = machine.matrix_rate(dtype, False)
             fraction, memory = machine.measured(kernel, c.tensor_fraction if tensor else c.core_fraction, c.stream)
             half, start = (c.tensor_half, c.tensor_start) if tensor else (0.0, c.core_start)
-            # rows of an odd length cannot be loaded 16 bytes at once
-            odd = tensor & ((n[at] % 8 > 0) | (k[at] % 8 > 0))
-            share = fraction * np.where(odd, c.unaligned, 1.0)
-            work = tiled_ns(
-                batch[at], m[at], n[at], k[at], rate, share, half, start, machine.multiprocessors, 64 if tensor else 32
-            )
+            sides = (batch[at], m[at], n[at], k[at])
+            work = tiled_ns(*sides, rate, fraction, half, start, machine.multiprocessors, 64 if tensor else 32)
             traffic = _traffic(nbytes[at], machine, memory)
             ns[at] = _both(work, traffic, c) if tensor else np.maximum(work, traffic)
     return ns + machine.start_ns
@@ -179,7 +175,7 @@ def convolution_ns(shapes: Sequence[ConvShape], machine: Machine, c: CostNumbers
         part = [a[at] for a in (batch, c_in, c_out, groups, m, n, k, x, y, w, window, out_pixels, in_pixels)]
         dense = _dense(part, ways[at], nhwc[at] > 0, dtype, rate, tensor, machine, c)
         single = (groups[at] > 1) & (groups[at] == c_in[at])
-        ns[at] = np.where(single, _depthwise(part, ways[at], dtype, machine, c), dense)
+        ns[at] = np.where(single, _depthwise(part, ways[at], nhwc[at] > 0, dtype, machine, c), dense)
     pass_over = np.where(weight, y, 2 * y)  # the bias: a sum over y's gradient, or y read and written once more
     return ns + machine.start_ns + np.where(biased > 0, pass_over / (machine.dram * c.stream) + machine.start_ns, 0.0)
 
@@ -196,7 +192,8 @@ def _dense(
 ) -> F:
     batch, _, _, groups, m, n, k, x, y, w, window, out_pixels, in_pixels = part
     kept = np.where(ways == "weight", c.weight_gradient, np.where(ways == "data", c.data_gradient, 1.0))
-    grouped = np.where(groups > 1, c.grouped, 1.0)
+    # forward's product and the data's have the pixels as one side, the weights' has a group's few channels both ways
+    grouped = np.where(groups > 1, np.where(ways == "weight", c.grouped**2, c.grouped), 1.0)
     cores, memory = machine.measured("conv", c.core_fraction * c.conv_core, c.stream)
     sms = machine.multiprocessors
     plain = tiled_ns(groups, m, n, k, machine.cores, cores * kept * grouped, 0.0, c.core_start, sms)
@@ -220,8 +217,7 @@ def _dense(
     if dtype == "float32":
         best = np.minimum(best, simple)  # TF32 or the cores, whatever is faster
     # a window of one pixel is a product for each image, which takes NCHW as it is: its columns are the image's pixels
-    odd = np.where(np.minimum(in_pixels, out_pixels) % CHANNELS_OF_TENSOR_CORES > 0, c.unaligned, 1.0)
-    share = fraction * kept * grouped * c.pointwise * odd
+    share = fraction * kept * grouped * c.pointwise
     images = np.where(ways == "weight", groups, batch * groups)
     columns = np.where(ways == "weight", padded[0], out_pixels)
     rows = np.where(ways == "weight", m, n)
@@ -253,18 +249,37 @@ def _winograd(part: list[F], fraction: F, machine: Machine, memory: float, c: Co
     return best
 
 
-def _depthwise(part: list[F], ways: npt.NDArray[Any], dtype: str, machine: Machine, c: CostNumbers) -> F:
+def _depthwise(
+    part: list[F], ways: npt.NDArray[Any], nhwc: npt.NDArray[np.bool_], dtype: str, machine: Machine, c: CostNumbers
+) -> F:
     """A thread for each result, no products of matrices: bound by traffic, or by multiplications on the cores.
 
-    Finding a result's place takes as long as some of its multiplications.
+    PyTorch asks cuDNN where that is faster (`_in_library`), whose kernels keep tiles of pixels at hand. In own loops
+    finding a result's place takes as long as some of its multiplications; their weights' gradient has a block for each
+    channel and tap, whose reads lie `stride` apart.
     """
-    batch, _, c_out, _, _, _, _, x, y, w, window, out_pixels, _ = part
-    flops = 2 * batch * c_out * out_pixels * (window + c.depthwise_taps)
-    # the weights' gradient has a block for each channel and tap; fewer than fit leave multiprocessors idle
-    blocks = c_out * window / (BLOCKS_OF_A_MULTIPROCESSOR * machine.multiprocessors)
-    share = np.where(ways == "weight", c.depthwise_weight * np.minimum(blocks, 1.0), c.depthwise)
-    work = flops / (machine.hardware.peak("float32") / 1e9 * share)
+    batch, _, c_out, _, _, _, _, x, y, w, window, out_pixels, in_pixels = part
+    apart = np.sqrt(np.maximum(1.0, in_pixels / out_pixels))  # the stride
+    library = nhwc | _in_library(c_out, window, in_pixels, apart, dtype)
+    weight = ways == "weight"
+    one = 2 * batch * c_out * out_pixels
+    # one of the two tensors that the weights' gradient reads has the stride
+    loops = one * (window + c.depthwise_taps) * np.where(weight, (1 + apart) / 2, 1.0)
+    # fewer blocks than fit leave multiprocessors idle
+    busy = np.minimum(1.0, c_out * window / (BLOCKS_OF_A_MULTIPROCESSOR * machine.multiprocessors))
+    share = np.where(weight, c.depthwise_weight * busy, c.depthwise)
+    library_share = np.where(weight, c.depthwise_library_weight, c.depthwise_library)
+    work = np.where(library, one * window / library_share, loops / share) / (machine.hardware.peak("float32") / 1e9)
     return _both(work, _traffic(x + y + w, machine, c.stream), c)
+
+
+def _in_library(channels: F, window: F, in_pixels: F, stride: F, dtype: str) -> npt.NDArray[np.bool_]:
+    """Where PyTorch asks cuDNN for a depthwise convolution of NCHW tensors (ATen's `use_cudnn_depthwise`).
+
+    In low precision, for windows of 1, 3 and 5, from 32 channels and 7 pixels a side on; with a stride for many only.
+    """
+    few = (stride > 1.4) & (channels < 512) & ((channels < 256) | (in_pixels < 28**2))
+    return (dtype in LOW) & np.isin(window, (1, 9, 25)) & (channels >= 32) & (in_pixels >= 7**2) & ~few
 
 
 # -- attention -----------------------------------------------------------------------------------
@@ -298,13 +313,12 @@ def stream_ns(shapes: Sequence[StreamShape], machine: Machine, c: CostNumbers) -
     if not shapes:
         return np.empty(0)
     kernels, kinds, *rest = _columns(shapes)
-    read, written, run, broadcast, row = _floats(rest)
+    read, written, run, _, row = _floats(rest)
     fraction = c.stream * np.array([getattr(c, kind, 1.0) for kind in kinds.tolist()])
     for kernel in {e.kernel for e in machine.hardware.efficiencies}:
         fraction = np.where(kernels == kernel, machine.measured(kernel, 1.0, 1.0)[1], fraction)
     # DRAM and L2 move 32 bytes at least; in pieces shorter than that most of what is moved is not used
     fraction = fraction * np.maximum(run, 1) / (np.maximum(run, 1) + c.short_run_bytes)
-    fraction = np.where(broadcast > 0, fraction * c.broadcast, fraction)
     rows = np.maximum(row, 1)
     short = np.where(row > 0, rows / (rows + c.short_row_bytes), 1.0)
     cached = np.minimum(read, c.l2_reuse * machine.l2)

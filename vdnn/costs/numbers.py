@@ -21,7 +21,6 @@ class CostNumbers:
         core_fraction, tensor_fraction   of the peak, in the main loop of a large product
         core_start, tensor_start         steps of the sum that the beginning and the end of a tile take
         tensor_half                      arithmetic for each element loaded at which tensor cores run at half speed
-        unaligned                        what is left of it where rows are no multiple of 8 elements
         unhidden                         part of the shorter of arithmetic and traffic that the other does not hide
         fp32_pj_per_flop                 energy of a flop on the cores of a 12 nm chip: the power limit bounds the rate
         energy_exponent                  the energy grows with that power of the process
@@ -29,11 +28,12 @@ class CostNumbers:
         conv_core, conv_tensor           against a product of the same size
         winograd                         the products inside Winograd's algorithm, the same
         data_gradient, weight_gradient   against forward
-        grouped                          with groups, each a product of its own
+        grouped                          with groups, each a product of its own: for each side of a group's channels
         layout_change                    of the bandwidth, when NCHW is turned to NHWC around tensor cores, and back
         pointwise                        windows of one pixel as products on NCHW tensors, against those on NHWC
-        depthwise, depthwise_weight      of the fp32 peak, in kernels without products of matrices
+        depthwise, depthwise_weight      of the fp32 peak, in PyTorch's own loops
         depthwise_taps                   multiplications that a result's own address takes as long as
+        depthwise_library, depthwise_library_weight    the same fractions in cuDNN's kernels, without addresses
     attention                            fused: against a product
     Streams: fractions of the bandwidth
         stream                           kernels that read and write once, in order
@@ -41,7 +41,6 @@ class CostNumbers:
         scatter                          of `stream`, counting each input and output once, though some read it twice
         layer_norm_low                   the same of a forward alone in low precision, where libraries leave out casts
                                          to fp32 (timm's fast norm): above 1, as fewer bytes move than are captured
-        broadcast                        of it, where a tensor is broadcast (no wide loads)
         short_run_bytes                  bytes side by side at which half of what is moved is used
         short_row_bytes                  bytes of a normalised row at which half of the time goes into its sums
         l2_reuse                         part of the L2 cache that holds what the kernel before left there
@@ -57,7 +56,6 @@ class CostNumbers:
     tensor_fraction: float
     tensor_half: float
     tensor_start: float
-    unaligned: float
     unhidden: float
     conv_core: float
     conv_tensor: float
@@ -69,6 +67,8 @@ class CostNumbers:
     pointwise: float
     depthwise: float
     depthwise_weight: float
+    depthwise_library: float
+    depthwise_library_weight: float
     depthwise_taps: float
     attention: float
     stream: float
@@ -85,7 +85,6 @@ class CostNumbers:
     scatter: float
     short_run_bytes: float
     short_row_bytes: float
-    broadcast: float
     l2_reuse: float
     kernel_start: float
     host_view: float
