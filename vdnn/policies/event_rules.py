@@ -26,22 +26,24 @@ __all__ = ["event_actions", "least_clock", "needed_soon"]
 
 
 def least_clock(trace: Trace, hardware: Hardware) -> list[int]:
-    """A bound from below for the time in ns at each position: peak rates, and no op faster than it is issued."""
+    """A bound from below for the time in ns at each position, on a device that keeps to its datasheet.
+
+    Rates are its peaks, no kernel is shorter than `kernel_ns`. The host counts for nothing, and a view with it: what it
+    takes to issue an op differs by op and software, and is hidden where the device is behind.
+    """
     clock = [0]
     for op in trace.ops:
         compute = op.flops * 10**9 // hardware.peak(op.dtype)
         memory = (op.read_bytes + op.written_bytes) * 10**9 // hardware.dram_bytes_per_s
-        least = hardware.launch_ns if op.kernel == "view" else max(hardware.kernel_ns, hardware.launch_ns)
-        clock.append(clock[-1] + max(compute, memory, least))
+        clock.append(clock[-1] + (0 if op.kernel == "view" else max(compute, memory, hardware.kernel_ns)))
     return clock
 
 
 def needed_soon(trace: Trace, hardware: Hardware, items: Sequence[Saved]) -> set[int]:
     """Storages that backward needs before their copy out alone could be over.
 
-    The time between is a bound from below: peak rates, no kernel shorter than `kernel_ns`, no op issued faster
-    than `launch_ns`. So what is saved last stays, as the last layer does in vDNN's followers: compute would
-    wait for the copy, and no memory would be free for any time.
+    The time between is a bound from below (`least_clock`). So what is saved last stays, as the last layer does in
+    vDNN's followers: compute would wait for the copy, and no memory would be free for any time.
     """
     clock = least_clock(trace, hardware)
     soon = set()
