@@ -140,10 +140,52 @@ def test_backward_of_a_convolution_is_two_and_without_the_input_s_gradient_one()
     assert time_of(alone, numbers=numbers) < 0.6 * time_of(both, numbers=numbers)
 
 
-def test_a_depthwise_convolution_multiplies_on_the_cores():
-    numbers = replace(IDEAL, depthwise=0.01)
-    flops = 2 * 16 * 256 * 1024 * 9
-    assert time_of(conv(groups=256), numbers=numbers) == ceil(flops / 1000 / 0.01)
+def depthwise(channels: int, window: int, pixels: int, before: int, dtype: str = "float16") -> Op:
+    """Forward, one channel a group; its traffic is left out."""
+    return op("conv", (16, channels, channels, channels, pixels, window, before), dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("one", "library"),
+    [
+        (depthwise(256, 9, 1024, 1024), True),
+        (depthwise(256, 9, 1024, 1024, "float32"), False),
+        (depthwise(256, 25, 1024, 1024), True),
+        (depthwise(256, 49, 1024, 1024), False),
+        (depthwise(16, 9, 1024, 1024), False),
+        (depthwise(256, 9, 36, 36), False),
+        (depthwise(128, 9, 1024, 4096), False),
+        (depthwise(256, 9, 1024, 4096), True),
+        (depthwise(256, 9, 100, 400), False),
+        (depthwise(512, 9, 100, 400), True),
+    ],
+)
+def test_a_depthwise_convolution_multiplies_on_the_cores_in_the_library_where_pytorch_asks_it(one, library):
+    """Which is as `use_cudnn_depthwise` of ATen has it: half precision, small windows, many channels if strided."""
+    numbers = replace(IDEAL, depthwise=0.01, depthwise_library=0.02, depthwise_taps=5.0)
+    batch, channels, _, _, pixels, window, _ = one.dims
+    steps = window / 0.02 if library else (window + 5) / 0.01
+    assert time_of(one, numbers=numbers) == ceil(2 * batch * channels * pixels * steps / 1000)
+
+
+def test_depthwise_tensors_with_channels_last_are_always_the_librarys():
+    numbers = replace(IDEAL, depthwise=0.01, depthwise_library=0.02)
+    large = depthwise(256, 49, 1024, 1024)
+    assert time_of(large, numbers=numbers) == 2 * time_of(large, numbers=numbers, nhwc=True)
+
+
+def test_a_depthwise_weight_gradient_leaves_multiprocessors_idle_and_reads_a_stride_apart():
+    """16 channels of 3 × 3 are 144 blocks; six fit on a multiprocessor. A stride of 2 doubles one of two reads."""
+    numbers = replace(IDEAL, depthwise_weight=0.01)
+    full, idle = (replace(MACHINE, sm_count=n) for n in (9, 96))  # 54 and 576 blocks fit
+
+    def weight(before: int) -> Op:
+        weights = 16 * 9 * 2
+        sizes = (16, 16, 16, 16, 1024, 9, before)
+        return op("conv", sizes, name="aten.convolution_backward.default", written=weights)
+
+    assert time_of(weight(1024), idle, numbers) == pytest.approx(4 * time_of(weight(1024), full, numbers), rel=1e-3)
+    assert time_of(weight(4096), full, numbers) == pytest.approx(1.5 * time_of(weight(1024), full, numbers), rel=1e-3)
 
 
 def test_a_bias_of_a_convolution_is_a_pass_of_its_own():
