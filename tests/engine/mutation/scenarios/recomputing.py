@@ -238,3 +238,37 @@ def asked_for_on_another_stream(engine: ModuleType) -> None:
         (second,) = torch.autograd.grad(loss, x)
     device.finish()
     expect(torch.equal(first, second), "wrong gradients")
+
+
+class _Shifts(nn.Module):
+    """An ELU, and a buffer that its output depends on; in forward it may move the buffer first."""
+
+    def __init__(self, moves: float) -> None:
+        super().__init__()
+        self.moves = moves
+        self.register_buffer("shift", torch.ones(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.shift: torch.Tensor
+        if self.moves:
+            self.shift.add_(self.moves)
+        return nn.functional.elu(x) + self.shift
+
+
+@scenario
+def a_buffer_that_the_module_moves_and_reads(engine: ModuleType) -> None:
+    """Run again it would read the buffer as it is then."""
+    found = []
+    for ours in (engine, None):
+        loss, x = _run(ours, act=_Shifts(0.5))
+        found += torch.autograd.grad(loss, x)
+    expect(torch.equal(*found), "wrong gradients")
+
+
+@scenario
+def a_buffer_that_was_changed_since(engine: ModuleType) -> None:
+    act = _Shifts(0)
+    loss, x = _run(engine, act=act)
+    act.shift.add_(1)
+    with must_raise(RuntimeError, "was changed since forward"):
+        torch.autograd.grad(loss, x)
