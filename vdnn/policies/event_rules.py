@@ -26,24 +26,29 @@ __all__ = ["event_actions", "least_clock", "needed_soon"]
 
 
 def least_clock(trace: Trace, hardware: Hardware) -> list[int]:
-    """A bound from below for the time in ns at each position, on a device that keeps to its datasheet.
+    """The time in ns at each position at the earliest, on a device that keeps to its datasheet.
 
-    Rates are its peaks, no kernel is shorter than `kernel_ns`. The host counts for nothing, and a view with it: what it
-    takes to issue an op differs by op and software, and is hidden where the device is behind.
+    Kernels run at its peaks, none is shorter than `kernel_ns`, and none starts before the host has issued it, which
+    takes `launch_ns` an op, half of that in backward, whose engine is no Python, and nothing for a view.
     """
     clock = [0]
+    issued = 0
     for op in trace.ops:
+        if op.kernel == "view":
+            clock.append(clock[-1])
+            continue
+        issued += hardware.launch_ns // (2 if op.phase == "backward" else 1)
         compute = op.flops * 10**9 // hardware.peak(op.dtype)
         memory = (op.read_bytes + op.written_bytes) * 10**9 // hardware.dram_bytes_per_s
-        clock.append(clock[-1] + (0 if op.kernel == "view" else max(compute, memory, hardware.kernel_ns)))
+        clock.append(max(clock[-1], issued) + max(compute, memory, hardware.kernel_ns))
     return clock
 
 
 def needed_soon(trace: Trace, hardware: Hardware, items: Sequence[Saved]) -> set[int]:
     """Storages that backward needs before their copy out alone could be over.
 
-    The time between is a bound from below (`least_clock`). So what is saved last stays, as the last layer does in
-    vDNN's followers: compute would wait for the copy, and no memory would be free for any time.
+    The time between is that of `least_clock`, where nothing is slower than it must be. So what is saved last stays, as
+    the last layer does in vDNN's followers: compute would wait for the copy, and no memory would be free for any time.
     """
     clock = least_clock(trace, hardware)
     soon = set()
