@@ -160,7 +160,7 @@ def test_wrap_is_told_one_thing_only() -> None:
 def test_another_shape_is_planned_anew_and_the_same_is_not() -> None:
     work, larger = vdnn.load("demo:cnn", batch=2), vdnn.load("demo:cnn", batch=5)
     model = work.build()
-    vdnn.wrap(model, "vdnn-all", device=vdnn.VirtualDevice(), min_bytes=1)
+    vdnn.wrap(model, "vdnn-all", device=vdnn.VirtualDevice(), min_bytes=1, keep_soon=False)
     steps(model, work, 1)
     first = vdnn.report(model).offloaded_bytes
     steps(model, larger, 1)
