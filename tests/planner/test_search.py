@@ -119,13 +119,12 @@ def test_budgets_hold_on_a_virtual_device(name: str, batch: int, options: dict[s
     least = least_plan(trace, MACHINE, Options(min_bytes=1)).plan.budget_bytes
     assert most is not None
     assert least is not None
-    assert plain.result.peak_requested_bytes is not None
-    copies = max(0, plain.result.peak_requested_bytes - most)  # gradients that the measuring mode does not add in place
+    assert plain.result.peak_requested_bytes == most
     for percent in (90, 70, 50, 25, 10, 0):
         budget = least + (most - least) * percent // 100
         planned = best_plan(trace, MACHINE, budget, Options(min_bytes=1))
         done = train(work, planned.plan, "virtual", MACHINE, steps=2, optimizer="sgd", expected=plain.steps)
         assert done.differs == ""
         assert done.result.peak_requested_bytes is not None
-        assert done.result.peak_requested_bytes <= budget + copies
+        assert done.result.peak_requested_bytes <= budget
         assert done.result.peak_requested_bytes == pytest.approx(planned.result.peak_requested_bytes, rel=0.01)
