@@ -12,13 +12,13 @@ import argparse
 import time
 from collections.abc import Callable
 
+from vdnn.analysis.liveness import peak
+from vdnn.analysis.moments import resolve
+from vdnn.analysis.synthetic import conv_chain, transformer_chain
 from vdnn.costs import op_times
-from vdnn.liveness import peak
-from vdnn.moments import resolve
 from vdnn.policies import Options, decide
 from vdnn.sim import simulate_step
 from vdnn.sim.run import run
-from vdnn.synthetic import conv_chain, transformer_chain
 from vdnn.values import Trace, hardware
 
 

@@ -18,18 +18,7 @@ LAYERS = {
     "units": 0,
     "values": 1,
     "snapshots": 1,
-    "moments": 2,
-    "tensorwise": 2,
-    "liveness": 2,
-    "dataparallel": 2,
-    "synthetic": 2,
-    "torch7": 2,
-    "convolutions": 2,
-    "chains": 2,
-    "recomputing": 2,
-    "blocks": 2,
-    "encodable": 2,
-    "encoding": 2,
+    "analysis": 2,
     "policies": 3,
     "sim": 4,
     "replay": 4,
@@ -40,7 +29,6 @@ LAYERS = {
     "ledger": 6,
     "tracing": 6,
     "models": 6,
-    "measure": 6,
     "measuring": 6,
     "tracker": 6,
     "engine": 6,
@@ -145,11 +133,11 @@ def test_imports_go_one_way(path):
         ("sim/run.py", "from vdnn.policies import decide"),
         ("sim/run.py", "def f():\n    from vdnn import policies"),
         ("engine/storage.py", "from vdnn.sim import simulate_step"),
-        ("liveness.py", "import torch"),
+        ("analysis/liveness.py", "import torch"),
         ("sim/run.py", "from ..policies import decide"),
         ("policies/none.py", "def f():\n    import matplotlib.pyplot"),
         ("costs/times.py", "from scipy import optimize"),
-        ("values/plan.py", "from vdnn.liveness import peak"),
+        ("values/plan.py", "from vdnn.analysis.liveness import peak"),
     ],
 )
 def test_a_forbidden_import_would_be_found(file, line):
@@ -180,7 +168,10 @@ def heavy_after(statement: str) -> str:
 
 
 def test_analysis_policies_and_simulator_load_nothing_heavy():
-    light = "import vdnn.values, vdnn.moments, vdnn.liveness, vdnn.synthetic, vdnn.policies, vdnn.sim, vdnn.costs"
+    light = (
+        "import vdnn.values, vdnn.analysis.moments, vdnn.analysis.liveness, vdnn.analysis.synthetic, "
+        "vdnn.policies, vdnn.sim, vdnn.costs"
+    )
     assert heavy_after(light) == ""
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import vdnn
-from vdnn.encodable import encodable, refusal
-from vdnn.encoding import encoded
+from vdnn.analysis.encodable import encodable, refusal
+from vdnn.analysis.encoding import encoded
+from vdnn.analysis.liveness import requested
+from vdnn.analysis.moments import Move, Points, resolve
 from vdnn.errors import FormatError, PlanMismatchError
-from vdnn.liveness import requested
-from vdnn.moments import Move, Points, resolve
 from vdnn.policies import Options, decide
 from vdnn.sim import simulate_step
 from vdnn.values import Encode, Entry, Offload, Plan, Trace, dumps, hardware, loads

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from vdnn.analysis.liveness import host_bytes, largest_working_set, least_peak, peak, requested, reuse_distances
+from vdnn.analysis.moments import Points, resolve
+from vdnn.analysis.synthetic import Tape, conv_chain, fork_join, transformer_chain
 from vdnn.errors import FormatError, PlanMismatchError
-from vdnn.liveness import host_bytes, largest_working_set, least_peak, peak, requested, reuse_distances
-from vdnn.moments import Points, resolve
 from vdnn.policies import Options, decide
-from vdnn.synthetic import Tape, conv_chain, fork_join, transformer_chain
 from vdnn.values import Entry, Keep, Offload, Plan, SavedName, Storage, Trace, hardware
 
 TRACE = conv_chain()

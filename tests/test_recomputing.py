@@ -8,15 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vdnn.chains import makers
+from vdnn.analysis.chains import makers
+from vdnn.analysis.liveness import peak
+from vdnn.analysis.moments import resolve
+from vdnn.analysis.recomputing import makeable, recompute, recomputed, regenerators
+from vdnn.analysis.synthetic import conv_chain, fork_join, transformer_chain
 from vdnn.engine import Schedule
 from vdnn.errors import EngineError, PlanMismatchError
-from vdnn.liveness import peak
-from vdnn.moments import resolve
 from vdnn.policies import Options, decide
-from vdnn.recomputing import makeable, recompute, recomputed, regenerators
 from vdnn.sim import simulate_step
-from vdnn.synthetic import conv_chain, fork_join, transformer_chain
 from vdnn.values import Offload, Recompute, Trace, hardware
 
 TITAN = hardware("titan-x")

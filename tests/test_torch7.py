@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from vdnn.liveness import peak, requested
+from vdnn.analysis.liveness import peak, requested
+from vdnn.analysis.moments import resolve
+from vdnn.analysis.synthetic import Tape, conv_chain, fork_join, transformer_chain
+from vdnn.analysis.torch7 import as_torch7, shared_buffers, under
 from vdnn.models import load
-from vdnn.moments import resolve
 from vdnn.policies import Options, decide
-from vdnn.synthetic import Tape, conv_chain, fork_join, transformer_chain
-from vdnn.torch7 import as_torch7, shared_buffers, under
 from vdnn.tracing import capture_work
 from vdnn.values import Trace, hardware
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vdnn import trace_cache
-from vdnn.synthetic import conv_chain
+from vdnn.analysis.synthetic import conv_chain
 
 TRACE = conv_chain()
 

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from vdnn.analysis.torch7 import Regime
     from vdnn.engine import Device, EngineReport, Offloader
     from vdnn.models import Work
     from vdnn.policies import Options
-    from vdnn.torch7 import Regime
     from vdnn.tracker import Tracker
     from vdnn.training import Run
 
@@ -91,7 +91,7 @@ def plan(
         return _decide(trace, named_hardware(hardware), policy, budget, options)
     from dataclasses import replace
 
-    from vdnn.dataparallel import data_parallel
+    from vdnn.analysis.dataparallel import data_parallel
     from vdnn.sim.allreduce import share_of
 
     node.check()

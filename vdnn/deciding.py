@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 from vdnn.checkpointing import blocks_of, checkpoint_blocks
 from vdnn.engine import CudaDevice, Device, Rule, Schedule, VirtualDevice, choose_in_cudnn, what_cudnn_does
 from vdnn.errors import CaptureError, EngineError, InfeasibleError, PlanMismatchError, UsageError
-from vdnn.measure import available_bytes, recognised
+from vdnn.measuring.recognition import available_bytes, recognised
 from vdnn.planner import BUDGETED, budgeted_plan, plan_for_budget, scaled_plan
 from vdnn.policies import Options, decide, recomputed_blocks, remarks
 from vdnn.sim import simulate_step

@@ -11,7 +11,7 @@ import torch
 
 from experiments.gpu.workloads import SMALL, WORKLOADS, Workload
 from vdnn.errors import UsageError
-from vdnn.measure import recognised
+from vdnn.measuring.recognition import recognised
 from vdnn.values import Hardware, hardware
 
 __all__ = ["ROOT", "Session"]

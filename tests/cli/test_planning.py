@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.cli.test_cli import vdnn
+from vdnn.analysis.synthetic import conv_chain
 from vdnn.reporting.rows import COLUMNS
-from vdnn.synthetic import conv_chain
 from vdnn.values import save
 
 

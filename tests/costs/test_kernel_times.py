@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vdnn.analysis.synthetic import conv_chain
 from vdnn.costs import fitted, host_times, op_times
 from vdnn.costs.numbers import CostNumbers, read_fitted
 from vdnn.costs.shapes import Shapes, shapes_of
 from vdnn.errors import FormatError
-from vdnn.synthetic import conv_chain
 from vdnn.values import Efficiency, Hardware, Op, Peak, Trace, hardware, preset_ids
 
 MACHINE = Hardware(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import vdnn
-from vdnn.blocks import blocked, blocks, repeated
+from vdnn.analysis.blocks import blocked, blocks, repeated
 from vdnn.engine import Schedule, VirtualDevice, engine_of
 from vdnn.errors import DeviceOutOfMemory, FormatError, PlanMismatchError
 from vdnn.policies import Options, decide

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from vdnn.analysis.synthetic import conv_chain
 from vdnn.engine import choose_in_cudnn, what_cudnn_does
 from vdnn.policies import Options, decide
-from vdnn.synthetic import conv_chain
 from vdnn.values import Plan, hardware
 
 

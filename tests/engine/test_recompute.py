@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import vdnn
-from vdnn.chains import chains
+from vdnn.analysis.chains import chains
+from vdnn.analysis.recomputing import recomputed
 from vdnn.engine import Schedule, VirtualDevice, engine_of
 from vdnn.errors import DeviceOutOfMemory, FormatError, PlanMismatchError
 from vdnn.policies import Options, decide
-from vdnn.recomputing import recomputed
 from vdnn.sim import simulate_step
 from vdnn.values import Plan, Recompute, hardware
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 
 from tests.strategies import traces
+from vdnn.analysis.synthetic import conv_chain, transformer_chain
 from vdnn.costs import fitted
 from vdnn.costs.numbers import Spread, read_fitted
 from vdnn.costs.shapes import StreamShape
@@ -23,7 +24,6 @@ from vdnn.fidelity.rows import KernelRow, StepRow, family_of, kernel_rows, step_
 from vdnn.fidelity.steps import Kernels, Shaped, StepSet
 from vdnn.fidelity.times import FAMILIES_OUT, fitted_text, intervals_of
 from vdnn.sim import simulate_step
-from vdnn.synthetic import conv_chain, transformer_chain
 from vdnn.values import Trace, hardware, save
 
 TRAIN = "model,train_samples_per_sec,train_step_time,train_batch_size,train_img_size,param_count\n"

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from vdnn.analysis.synthetic import conv_chain
 from vdnn.fidelity.memory import LADDER, Verdict, judged, memory_lines, next_batch, read_verdicts
 from vdnn.fidelity.rows import StepRow
 from vdnn.sim.allocator_step import step_memory
 from vdnn.sim.workspaces import with_libraries
-from vdnn.synthetic import conv_chain
 from vdnn.values import Trace, hardware
 
 GIB = 2**30

@@ -10,16 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.strategies import hardwares, plans_for, traces
-from vdnn.chains import action_of, chains
+from vdnn.analysis.chains import action_of, chains
+from vdnn.analysis.liveness import least_peak, requested
+from vdnn.analysis.moments import Points
+from vdnn.analysis.synthetic import conv_chain, fork_join, transformer_chain
 from vdnn.costs import times_with
-from vdnn.liveness import least_peak, requested
-from vdnn.moments import Points
 from vdnn.planner import best_plan, least_memory, time_bound
 from vdnn.policies import Options, decide
 from vdnn.policies.candidates import survey
 from vdnn.policies.plans import make_plan
 from vdnn.sim import simulate_step
-from vdnn.synthetic import conv_chain, fork_join, transformer_chain
 from vdnn.values import Hardware, Offload, Plan, Recompute, Trace, hardware
 
 MACHINE = hardware("rtx4090")

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import vdnn
+from vdnn.analysis.liveness import least_peak
+from vdnn.analysis.synthetic import conv_chain, transformer_chain
 from vdnn.errors import InfeasibleError, UsageError
-from vdnn.liveness import least_peak
 from vdnn.planner import plan_for_budget
 from vdnn.policies import Options
-from vdnn.synthetic import conv_chain, transformer_chain
 from vdnn.training import train
 from vdnn.values import hardware
 
@@ -169,7 +169,7 @@ def test_another_shape_is_planned_anew_and_the_same_is_not() -> None:
 
 
 def test_every_preset_is_found_by_its_own_name_and_strangers_are_not() -> None:
-    from vdnn.measure import recognised
+    from vdnn.measuring.recognition import recognised
     from vdnn.values import preset_ids
 
     for gpu in preset_ids():

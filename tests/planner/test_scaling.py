@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import vdnn
+from vdnn.analysis.synthetic import conv_chain, fork_join
 from vdnn.errors import PlanMismatchError
 from vdnn.planner import best_plan, scaled_plan
 from vdnn.policies import Options
 from vdnn.sim import simulate_step
-from vdnn.synthetic import conv_chain, fork_join
 from vdnn.values import hardware
 
 MACHINE = hardware("rtx4090")

@@ -8,15 +8,15 @@ from hypothesis import strategies as st
 
 import vdnn
 from tests.strategies import hardwares, traces
+from vdnn.analysis.liveness import requested
+from vdnn.analysis.synthetic import conv_chain, transformer_chain
 from vdnn.errors import InfeasibleError, PlanMismatchError
-from vdnn.liveness import requested
 from vdnn.planner import best_plan, least_plan
 from vdnn.planner.schedule import Step
 from vdnn.planner.search import Search
 from vdnn.policies import Options, decide
 from vdnn.policies.candidates import survey
 from vdnn.sim import simulate_step
-from vdnn.synthetic import conv_chain, transformer_chain
 from vdnn.training import train
 from vdnn.values import hardware
 

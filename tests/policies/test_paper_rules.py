@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from vdnn.moments import resolve
+from vdnn.analysis.moments import resolve
+from vdnn.analysis.synthetic import conv_chain, fork_join, transformer_chain
 from vdnn.policies import Options, decide
 from vdnn.policies.paper_rules import PaperLayer, find_prefetch_layer
-from vdnn.synthetic import conv_chain, fork_join, transformer_chain
 from vdnn.values import Keep, Offload, Plan, hardware
 
 PAPER = Options(rules="paper", min_bytes=0)

@@ -13,16 +13,16 @@ from torch import nn
 import vdnn
 from tests.sim.test_simulator import conv_chain_without_relu, one_byte_a_ns
 from tests.strategies import hardwares, traces
+from vdnn.analysis.liveness import requested
+from vdnn.analysis.moments import resolve
+from vdnn.analysis.synthetic import Tape, conv_chain
 from vdnn.engine import Schedule
 from vdnn.errors import EngineError, FormatError, UsageError
 from vdnn.experiment import read_experiment
-from vdnn.liveness import requested
-from vdnn.moments import resolve
 from vdnn.policies import Options, decide
 from vdnn.sim import simulate_step
 from vdnn.sim.run import run
 from vdnn.sim.workspaces import with_libraries
-from vdnn.synthetic import Tape, conv_chain
 from vdnn.values import Copy, Entry, Keep, Offload, Plan, Trace, dumps, hardware, loads
 
 PEERS = ("save-on-cpu", "torchtune")

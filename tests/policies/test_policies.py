@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.strategies import hardwares, traces
+from vdnn.analysis.liveness import peak, requested
+from vdnn.analysis.moments import Points, resolve
+from vdnn.analysis.synthetic import Tape, conv_chain, fork_join, transformer_chain
 from vdnn.errors import UsageError
-from vdnn.liveness import peak, requested
-from vdnn.moments import Points, resolve
 from vdnn.policies import Options, decide, names
 from vdnn.policies.plans import covers_half
-from vdnn.synthetic import Tape, conv_chain, fork_join, transformer_chain
 from vdnn.values import Keep, Offload, Trace, hardware
 
 GPU = hardware("titan-x")

@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from vdnn.convolutions import offers_of, with_workspaces
+from vdnn.analysis.convolutions import offers_of, with_workspaces
+from vdnn.analysis.liveness import requested
+from vdnn.analysis.moments import resolve
+from vdnn.analysis.synthetic import conv_chain, transformer_chain
+from vdnn.analysis.torch7 import under
 from vdnn.errors import InfeasibleError
-from vdnn.liveness import requested
-from vdnn.moments import resolve
 from vdnn.policies import Options, decide
 from vdnn.policies.vdnn_dyn import decide_dyn
-from vdnn.synthetic import conv_chain, transformer_chain
-from vdnn.torch7 import under
 from vdnn.values import Plan, Trace, hardware
 
 TITAN = hardware("titan-x")

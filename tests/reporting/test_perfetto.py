@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import vdnn
+from vdnn.analysis.synthetic import conv_chain
 from vdnn.errors import UsageError
 from vdnn.reporting import write_perfetto
-from vdnn.synthetic import conv_chain
 
 TRACE = conv_chain()
 

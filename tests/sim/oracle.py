@@ -1,7 +1,7 @@
 """What a simulated step must satisfy, worked out again from the raw trace and plan: slowly, and by other means.
 
-Nothing here uses `vdnn.liveness`, `vdnn.moments` or `vdnn.sim`: points are looked up by their text, memory is
-summed storage by storage for every op, order is read from the timeline.
+Nothing here uses `vdnn.analysis` or `vdnn.sim`: points are looked up by their text, memory is summed storage by
+storage for every op, order is read from the timeline.
 """
 
 from __future__ import annotations

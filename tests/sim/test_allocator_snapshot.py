@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from tests.sim.test_simulator import any_plans
 from tests.strategies import traces
+from vdnn.analysis.moments import resolve
+from vdnn.analysis.synthetic import conv_chain
 from vdnn.errors import UsageError
-from vdnn.moments import resolve
 from vdnn.policies import Options, decide
 from vdnn.replay import replay_snapshot
 from vdnn.sim import simulate_step
@@ -26,7 +27,6 @@ from vdnn.sim.allocator import AllocatorOptions
 from vdnn.sim.allocator_snapshot import step_snapshot
 from vdnn.sim.allocator_step import step_memory
 from vdnn.snapshots import plain_unpickle, read_snapshot, save_snapshot
-from vdnn.synthetic import conv_chain
 from vdnn.values import hardware, save
 
 MIB = 2**20

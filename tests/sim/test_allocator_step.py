@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from tests.sim.oracle import requested_by_op
 from tests.sim.test_simulator import any_plans
 from tests.strategies import traces
-from vdnn.moments import resolve
+from vdnn.analysis.moments import resolve
+from vdnn.analysis.synthetic import conv_chain
 from vdnn.sim.allocator import AllocatorOptions
 from vdnn.sim.allocator_step import Script, step_memory
-from vdnn.synthetic import conv_chain
 from vdnn.values import Trace
 
 MIB = 2**20

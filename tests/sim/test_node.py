@@ -15,17 +15,17 @@ from typer.testing import CliRunner
 import vdnn
 from tests.sim.test_simulator import one_byte_a_ns
 from tests.strategies import traces
+from vdnn.analysis.dataparallel import BUCKET_BYTES, FIRST_BUCKET_BYTES, Bucket, data_parallel, grouped, ready_gradients
+from vdnn.analysis.liveness import requested
+from vdnn.analysis.moments import resolve
+from vdnn.analysis.synthetic import Tape, conv_chain
 from vdnn.cli.main import app
-from vdnn.dataparallel import BUCKET_BYTES, FIRST_BUCKET_BYTES, Bucket, data_parallel, grouped, ready_gradients
 from vdnn.errors import UsageError
-from vdnn.liveness import requested
-from vdnn.moments import resolve
 from vdnn.policies import Options, decide
 from vdnn.sim import simulate_step
 from vdnn.sim.allreduce import Ring, ring_of, share_of
 from vdnn.sim.copies import OUT_WAY, REDUCE, CopyStreams
 from vdnn.sim.run import run
-from vdnn.synthetic import Tape, conv_chain
 from vdnn.values import Node, Trace, hardware, save
 
 MIB = 1 << 20

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vdnn.analysis.synthetic import conv_chain
+from vdnn.analysis.torch7 import as_torch7
 from vdnn.errors import DeviceOutOfMemory
 from vdnn.sim.pool import Pool, run_pool
-from vdnn.synthetic import conv_chain
-from vdnn.torch7 import as_torch7
 
 K = 1024
 
@@ -65,7 +65,7 @@ def test_blocks_never_overlap_and_everything_comes_back(calls: list[tuple[bool, 
 
 
 def test_a_step_holds_at_most_its_live_bytes_and_their_rounding() -> None:
-    from vdnn.liveness import peak
+    from vdnn.analysis.liveness import peak
 
     trace = as_torch7(conv_chain())
     most = peak(trace).nbytes

@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 
 from tests.sim.oracle import check_step, requested_by_op
 from tests.strategies import hardwares, plans_for, traces
+from vdnn.analysis.liveness import requested
+from vdnn.analysis.moments import Points, resolve
+from vdnn.analysis.synthetic import conv_chain, fork_join, transformer_chain
 from vdnn.costs import op_times
 from vdnn.errors import UsageError
-from vdnn.liveness import requested
-from vdnn.moments import Points, resolve
 from vdnn.policies import Options, decide
 from vdnn.sim import simulate_step
 from vdnn.sim.run import run
 from vdnn.sim.workspaces import with_libraries
-from vdnn.synthetic import conv_chain, fork_join, transformer_chain
 from vdnn.values import Entry, Hardware, Offload, Peak, Plan, Trace, dumps, hardware
 
 CHAINS = [conv_chain(), fork_join(), transformer_chain(blocks=2)]
@@ -143,7 +143,7 @@ def two_convolutions() -> tuple[Trace, Plan]:
 
 
 def conv_chain_without_relu() -> Trace:
-    from vdnn.synthetic import Tape
+    from vdnn.analysis.synthetic import Tape
 
     tape = Tape("two_convolutions", 1)
     x = tape.conv("conv0", tape.input(1, 1, 5, 5), 10)  # 1000 bytes out

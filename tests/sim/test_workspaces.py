@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 import vdnn
+from vdnn.analysis.synthetic import conv_chain
 from vdnn.sim.allocator_step import Script, step_memory
 from vdnn.sim.first_step import first_step, later_step
 from vdnn.sim.workspaces import with_libraries
-from vdnn.synthetic import conv_chain
 from vdnn.values import Trace, hardware
 
 MIB = 2**20

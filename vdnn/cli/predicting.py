@@ -184,9 +184,9 @@ def simulate(
 
         typer.echo(f"Wrote {write_perfetto(result, perfetto)}", err=True)
     if memory_snapshot is not None:
-        from vdnn.dataparallel import data_parallel
-        from vdnn.encoding import planned
-        from vdnn.moments import resolve
+        from vdnn.analysis.dataparallel import data_parallel
+        from vdnn.analysis.encoding import planned
+        from vdnn.analysis.moments import resolve
         from vdnn.sim.allocator_snapshot import step_snapshot
         from vdnn.sim.workspaces import with_libraries
         from vdnn.snapshots import save_snapshot

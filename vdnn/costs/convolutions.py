@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from vdnn.convolutions import traffic_ops
+from vdnn.analysis.convolutions import traffic_ops
 from vdnn.costs.times import op_times
 from vdnn.values.algorithms import Offer, algorithm_table
 from vdnn.values.hardware import Hardware

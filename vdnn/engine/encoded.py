@@ -5,7 +5,7 @@
                       compute: code ──▶ a storage of the same form
 
 Which codes there are, and which nodes they are enough for, say `vdnn.values.codes`; what the ops here cost, and the
-memory that they take meanwhile, says `vdnn.encoding`: the two change together.
+memory that they take meanwhile, says `vdnn.analysis.encoding`: the two change together.
 """
 
 from __future__ import annotations

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from vdnn import api, trace_cache
+from vdnn.analysis.encoding import planned
+from vdnn.analysis.moments import resolve
 from vdnn.costs import op_times
-from vdnn.encoding import planned
 from vdnn.errors import UsageError
 from vdnn.experiment.cpu import Cpu, CpuModel, files_of, machine_file, measure_machine, run_model
 from vdnn.experiment.frontier import Frontier, frontier_of
 from vdnn.experiment.spec import Experiment, NodeSweep, Sweep
-from vdnn.moments import resolve
 from vdnn.policies import model_options
 from vdnn.reporting import provenance
 from vdnn.reproduction import NETWORKS, numbers_of

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vdnn.analysis.liveness import requested
 from vdnn.fidelity.captures import Captures
 from vdnn.fidelity.rows import StepRow
-from vdnn.liveness import requested
 from vdnn.sim.allocator_step import step_memory
 from vdnn.sim.workspaces import with_libraries
 from vdnn.values import Hardware, Trace, hardware

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from vdnn.measure import recognised
+from vdnn.measuring.recognition import recognised
 from vdnn.values import Hardware, Peak, Source
 
 __all__ = ["measure_cuda"]

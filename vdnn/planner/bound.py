@@ -30,10 +30,10 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
-from vdnn.chains import makers
-from vdnn.encodable import encodable
-from vdnn.liveness import requested
-from vdnn.moments import MOVABLE, extent
+from vdnn.analysis.chains import makers
+from vdnn.analysis.encodable import encodable
+from vdnn.analysis.liveness import requested
+from vdnn.analysis.moments import MOVABLE, extent
 from vdnn.sim.run import clock
 from vdnn.values.hardware import Hardware
 from vdnn.values.trace import Trace

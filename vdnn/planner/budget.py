@@ -13,17 +13,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from vdnn.chains import action_of
+from vdnn.analysis.chains import action_of
+from vdnn.analysis.encoding import encoded, planned
+from vdnn.analysis.liveness import requested
+from vdnn.analysis.moments import Move, Points, resolve
+from vdnn.analysis.recomputing import recomputed
 from vdnn.costs import times_with
-from vdnn.encoding import encoded, planned
 from vdnn.errors import InfeasibleError, UsageError
-from vdnn.liveness import requested
-from vdnn.moments import Move, Points, resolve
 from vdnn.planner.bound import Bound, time_bound
 from vdnn.planner.search import Found, Search
 from vdnn.policies import Options, decide, recomputed_blocks
 from vdnn.policies.plans import make_plan
-from vdnn.recomputing import recomputed
 from vdnn.sim import simulate_step
 from vdnn.sim.allocator_step import step_memory
 from vdnn.sim.run import run

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from vdnn.analysis.moments import Points
 from vdnn.errors import PlanMismatchError
-from vdnn.moments import Points
 from vdnn.values.plan import Entry, Plan
 from vdnn.values.trace import Trace
 

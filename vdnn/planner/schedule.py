@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from vdnn.liveness import requested
-from vdnn.moments import Moment, Move, Points, extent
+from vdnn.analysis.liveness import requested
+from vdnn.analysis.moments import Moment, Move, Points, extent
 from vdnn.policies.candidates import Saved, inside
 from vdnn.policies.plans import covers_half
 from vdnn.sim.run import clock
@@ -106,7 +106,7 @@ class Step:
         return Parcel(item, whole, sum(view[1] for view in views), out, min(needs), free_from, tuple(views))
 
     def peak_bytes(self, moves: Sequence[Move]) -> int:
-        """The most that is requested under these moves: `vdnn.liveness.requested`, from what is known of the step."""
+        """The most that is requested under these moves: `liveness.requested`, from what is known of the step."""
         change = [0] * (len(self.live) + 1)
         seen: set[int] = set()
         for move in moves:

@@ -15,13 +15,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from vdnn.chains import Chain, chains
+from vdnn.analysis.chains import Chain, chains
+from vdnn.analysis.recomputing import recompute
 from vdnn.costs import times_with
 from vdnn.planner.bound import pieces, time_bound
 from vdnn.planner.schedule import Parcel, Schedule, Step
 from vdnn.policies import Options
 from vdnn.policies.candidates import survey
-from vdnn.recomputing import recompute
 from vdnn.sim.allocator_step import step_memory
 from vdnn.sim.run import run
 from vdnn.sim.workspaces import with_libraries

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
-from vdnn.convolutions import Direction, choices_of, choose
+from vdnn.analysis.convolutions import Direction, choices_of, choose
 from vdnn.policies.options import Options
 from vdnn.values.algorithms import Offer
 from vdnn.values.hardware import Hardware

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vdnn.moments import MOVABLE
+from vdnn.analysis.moments import MOVABLE
 from vdnn.policies.options import Options
 from vdnn.units import format_bytes
 from vdnn.values.trace import SavedTensor, Storage, Trace

@@ -11,15 +11,15 @@ does that by event rules. A plan that recomputes is simulated only.
 
 from __future__ import annotations
 
-from vdnn.chains import makers
-from vdnn.liveness import peak
-from vdnn.moments import resolve
+from vdnn.analysis.chains import makers
+from vdnn.analysis.liveness import peak
+from vdnn.analysis.moments import resolve
+from vdnn.analysis.recomputing import makeable, recomputed, regenerators
 from vdnn.policies.candidates import Saved, survey
 from vdnn.policies.event_rules import event_actions, least_clock
 from vdnn.policies.options import Options
 from vdnn.policies.plans import make_plan
 from vdnn.policies.registry import register
-from vdnn.recomputing import makeable, recomputed, regenerators
 from vdnn.units import format_bytes
 from vdnn.values.hardware import Hardware
 from vdnn.values.plan import Offload, Plan, Recompute

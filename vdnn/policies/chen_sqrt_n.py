@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 
-from vdnn.chains import makers
+from vdnn.analysis.chains import makers
+from vdnn.analysis.recomputing import makeable, regenerators
 from vdnn.policies.candidates import survey
 from vdnn.policies.options import Options
 from vdnn.policies.plans import make_plan
 from vdnn.policies.registry import register
-from vdnn.recomputing import makeable, regenerators
 from vdnn.units import format_bytes
 from vdnn.values.hardware import Hardware
 from vdnn.values.plan import Plan, Recompute

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from vdnn.encodable import encodable
-from vdnn.encoding import encoded
+from vdnn.analysis.encodable import encodable
+from vdnn.analysis.encoding import encoded
 from vdnn.policies.candidates import Saved, survey
 from vdnn.policies.event_rules import event_actions, needed_soon
 from vdnn.policies.options import Options

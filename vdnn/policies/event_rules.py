@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from vdnn.moments import Moment, Points
+from vdnn.analysis.moments import Moment, Points
 from vdnn.policies.candidates import Saved, inside
 from vdnn.policies.options import Options
 from vdnn.policies.plans import covers_half

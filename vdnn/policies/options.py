@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from vdnn.analysis.torch7 import REGIMES, Regime
 from vdnn.errors import UsageError, unknown_name
-from vdnn.torch7 import REGIMES, Regime
 from vdnn.values.algorithms import AlgorithmTable, algorithm_table
 
 __all__ = ["RULES", "Options"]
@@ -24,7 +24,7 @@ class Options:
     use a copy back may start; None takes the largest storage that is offloaded, which is as much as the
     paper's rules hold. `keep_soon` keeps what backward needs before its copy out could be over.
 
-    `regime`: "paper" plans the step as Torch7 ran it, by the paper's rules, whatever the sizes (vdnn.torch7).
+    `regime`: "paper" plans the step as Torch7 ran it, by the paper's rules, whatever the sizes (vdnn.analysis.torch7).
     `algorithms`: the table of convolution algorithms that the -m and -p policies and `vdnn-dyn` choose from; ""
     takes cudnn4 under the paper's regime and none otherwise. `budget_bytes`: device memory that `vdnn-dyn` plans
     for; None takes the machine's.

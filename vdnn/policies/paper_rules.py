@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vdnn.moments import Points
+from vdnn.analysis.moments import Points
 from vdnn.policies.candidates import Saved
 from vdnn.policies.plans import covers_half
 from vdnn.values.plan import Offload

@@ -1,7 +1,7 @@
 """What people have today, as far as it decides a step's memory and time: PyTorch's `save_on_cpu`, torchtune's hooks.
 
 Both wrap the model's forward in hooks (the loss is outside) and copy what autograd saves, tensor by tensor. Only the
-simulator executes such a plan (`vdnn.tensorwise` says in which order). Read in the sources of PyTorch 2.14
+simulator executes such a plan (`vdnn.analysis.tensorwise` says in which order). Read in the sources of PyTorch 2.14
 (`torch/autograd/graph.py`) and torchtune (`training/_activation_offloading.py`, April 2026).
 
 Not in it: a strided view is gathered on the device before it is copied (a temporary of its size); the Python time of
@@ -16,8 +16,8 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
+from vdnn.analysis.moments import Points
 from vdnn.errors import UsageError
-from vdnn.moments import Points
 from vdnn.policies.options import Options
 from vdnn.policies.plans import make_plan
 from vdnn.policies.registry import register

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from vdnn.moments import Points, extent
+from vdnn.analysis.moments import Points, extent
 from vdnn.policies.options import Options
 from vdnn.values.plan import Action, Entry, Keep, Plan
 from vdnn.values.trace import Trace

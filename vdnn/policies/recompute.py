@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vdnn.blocks import block_actions, repeated
-from vdnn.chains import Chain, action_of, chains
-from vdnn.moments import Points
+from vdnn.analysis.blocks import block_actions, repeated
+from vdnn.analysis.chains import Chain, action_of, chains
+from vdnn.analysis.moments import Points
+from vdnn.analysis.recomputing import recompute
 from vdnn.policies.candidates import Saved, survey
 from vdnn.policies.event_rules import event_actions, needed_soon
 from vdnn.policies.options import Options
 from vdnn.policies.plans import make_plan
 from vdnn.policies.registry import register
-from vdnn.recomputing import recompute
 from vdnn.units import format_bytes
 from vdnn.values.hardware import Hardware
 from vdnn.values.plan import Action, Offload, Plan, Recompute

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
+from vdnn.analysis.torch7 import under
 from vdnn.errors import UsageError, unknown_name
 from vdnn.policies.algorithms import with_algorithms
 from vdnn.policies.options import Options
-from vdnn.torch7 import under
 from vdnn.values.hardware import Hardware
 from vdnn.values.plan import Plan
 from vdnn.values.trace import Trace

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from vdnn.encoding import planned
-from vdnn.liveness import op_text, peak
-from vdnn.moments import MOVABLE, Points, resolve
+from vdnn.analysis.encoding import planned
+from vdnn.analysis.liveness import op_text, peak
+from vdnn.analysis.moments import MOVABLE, Points, resolve
 from vdnn.units import format_bytes
 from vdnn.values.plan import Offload, Plan
 from vdnn.values.trace import Trace

@@ -16,10 +16,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from vdnn.convolutions import Direction, choose, conv_ops, with_workspaces
+from vdnn.analysis.convolutions import Direction, choose, conv_ops, with_workspaces
+from vdnn.analysis.liveness import op_text, requested
+from vdnn.analysis.moments import resolve
 from vdnn.errors import InfeasibleError
-from vdnn.liveness import op_text, requested
-from vdnn.moments import resolve
 from vdnn.policies.algorithms import NO_TABLE, with_offers
 from vdnn.policies.none import none
 from vdnn.policies.options import Options

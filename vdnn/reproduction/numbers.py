@@ -13,14 +13,14 @@ from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
-from vdnn.convolutions import offers_of, with_workspaces
+from vdnn.analysis.convolutions import offers_of, with_workspaces
+from vdnn.analysis.liveness import largest_working_set, requested
+from vdnn.analysis.moments import resolve
+from vdnn.analysis.torch7 import under
 from vdnn.costs import times_with
-from vdnn.liveness import largest_working_set, requested
-from vdnn.moments import resolve
 from vdnn.policies import Options, decide
 from vdnn.reproduction.networks import POLICIES
 from vdnn.sim import simulate_step
-from vdnn.torch7 import under
 from vdnn.values import Hardware, Plan, Trace, hardware
 
 __all__ = ["MACHINE", "numbers_of"]

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vdnn.analysis.liveness import op_text
+from vdnn.analysis.moments import Move, Points
 from vdnn.errors import DeviceOutOfMemory, UsageError
-from vdnn.liveness import op_text
-from vdnn.moments import Move, Points
 from vdnn.sim.allocator import AddressSpace, AllocatorOptions, CachingAllocator
 from vdnn.sim.allocator_step import Script
 from vdnn.sim.first_step import first_step, later_step

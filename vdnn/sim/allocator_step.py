@@ -19,8 +19,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vdnn.analysis.moments import Move, released_at
 from vdnn.errors import DeviceOutOfMemory
-from vdnn.moments import Move, released_at
 from vdnn.sim.allocator import AddressSpace, AllocatorOptions, CachingAllocator
 from vdnn.sim.first_step import first_step, later_step
 from vdnn.sim.program import FETCH, RELEASE, actions

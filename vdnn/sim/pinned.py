@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vdnn.moments import Move
+from vdnn.analysis.moments import Move
 from vdnn.sim.host_allocator import HostAllocator
 
 __all__ = ["pinned_bytes"]

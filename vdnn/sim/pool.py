@@ -12,8 +12,8 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vdnn.analysis.moments import Move
 from vdnn.errors import DeviceOutOfMemory
-from vdnn.moments import Move
 from vdnn.sim.allocator_step import Script
 from vdnn.units import format_bytes
 from vdnn.values.trace import Trace

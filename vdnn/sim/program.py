@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from vdnn.moments import Moment, Move
+from vdnn.analysis.moments import Moment, Move
 
 __all__ = ["ARRIVE", "FETCH", "OUT", "RELEASE", "WAIT", "Action", "actions"]
 

@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
-from vdnn.dataparallel import Bucket
-from vdnn.moments import Move, Points, released_at
+from vdnn.analysis.dataparallel import Bucket
+from vdnn.analysis.moments import Move, Points, released_at
 from vdnn.sim.copies import CopyStreams
 from vdnn.sim.program import FETCH, OUT, RELEASE
 from vdnn.values.timeline import STREAMS, MemoryEvent, Span, Stall, Timeline

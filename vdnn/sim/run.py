@@ -21,9 +21,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vdnn.analysis.dataparallel import Bucket
+from vdnn.analysis.moments import Move
 from vdnn.costs import host_times
-from vdnn.dataparallel import Bucket
-from vdnn.moments import Move
 from vdnn.sim.allreduce import Ring
 from vdnn.sim.copies import BACK, OUT_WAY, REDUCE, CopyStreams
 from vdnn.sim.program import ARRIVE, FETCH, OUT, RELEASE, actions

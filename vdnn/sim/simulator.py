@@ -1,7 +1,7 @@
 """A step of a trace under a plan on a machine, as a `RunResult`.
 
-    resolve the plan's points → moments        vdnn.liveness
-    requested bytes from program order         vdnn.liveness: exact, no clock needed
+    resolve the plan's points → moments        vdnn.analysis.liveness
+    requested bytes from program order         vdnn.analysis.liveness: exact, no clock needed
     allocated, reserved, and whether it fits   vdnn.sim.allocator_step: the CUDA caching allocator as a model
     time from streams and the link             vdnn.sim.run
 
@@ -9,8 +9,8 @@
 segments are given back and the allocation is tried again, as on a device. What cuBLAS and cuDNN take from the allocator
 is added here (vdnn.sim.workspaces), since it depends on the GPU.
 Where the plan names convolution algorithms, their table gives the time and the workspace of each. Under the regime
-"paper" the step is Torch7's (vdnn.torch7) and `fits` is the paper's criterion: requested bytes against the memory; what
-one best-fit pool makes of the step (vdnn.sim.pool: cnmem's, which vDNN used) is a note.
+"paper" the step is Torch7's (vdnn.analysis.torch7) and `fits` is the paper's criterion: requested bytes against the
+memory; what one best-fit pool makes of the step (vdnn.sim.pool: cnmem's, which vDNN used) is a note.
 A step of device "cpu" runs on a virtual device, which counts requested bytes and has no such allocator.
 """
 
@@ -18,13 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vdnn.convolutions import offers_of, with_workspaces
+from vdnn.analysis.convolutions import offers_of, with_workspaces
+from vdnn.analysis.dataparallel import Bucket, data_parallel
+from vdnn.analysis.encoding import planned
+from vdnn.analysis.liveness import host_bytes, op_text, peak
+from vdnn.analysis.moments import Move, resolve
+from vdnn.analysis.torch7 import Regime, under
 from vdnn.costs import fitted, times_with
-from vdnn.dataparallel import Bucket, data_parallel
-from vdnn.encoding import planned
 from vdnn.errors import UsageError
-from vdnn.liveness import host_bytes, op_text, peak
-from vdnn.moments import Move, resolve
 from vdnn.sim.allocator_step import StepMemory, step_memory
 from vdnn.sim.allreduce import Ring, ring_of, share_of
 from vdnn.sim.pinned import pinned_bytes
@@ -32,7 +33,6 @@ from vdnn.sim.pool import run_pool
 from vdnn.sim.recorder import Recorder
 from vdnn.sim.run import Run, run
 from vdnn.sim.workspaces import with_libraries
-from vdnn.torch7 import Regime, under
 from vdnn.units import format_bytes, format_ns
 from vdnn.values.hardware import Hardware
 from vdnn.values.node import ALONE, Node

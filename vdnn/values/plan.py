@@ -146,8 +146,9 @@ class Encode:
 class Copy:
     """One saved tensor is copied to the host by itself, and each copy back gets a buffer of its own: what hooks do.
 
-    `stream` "compute" puts the copies among the kernels; "side" on one stream for both ways, where a pack lets go of
-    what was packed `stash` or more packs before (vdnn.tensorwise). The simulator does this, the engine does not.
+    `stream` "compute" puts the copies among the kernels; "side" on one stream for both ways, where a pack lets
+    go of what was packed `stash` or more packs before (vdnn.analysis.tensorwise). The simulator does this, the engine
+    does not.
     """
 
     stream: Literal["compute", "side"]

@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vdnn.analysis.moments import Points
 from vdnn.errors import PlanMismatchError
-from vdnn.moments import Points
 from vdnn.values.plan import Plan, Point, Recompute
 from vdnn.values.trace import Trace
 

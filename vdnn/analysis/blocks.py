@@ -15,8 +15,8 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from vdnn.analysis.moments import Points
 from vdnn.errors import PlanMismatchError
-from vdnn.moments import Points
 from vdnn.values.plan import Plan, Point, Recompute
 from vdnn.values.trace import Op, Storage, Trace
 

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from vdnn.analysis.tensorwise import trips
 from vdnn.errors import PlanMismatchError
-from vdnn.tensorwise import trips
 from vdnn.values.plan import OUTSIDE, Copy, Encode, Entry, Offload, Plan, Point, SavedName
 from vdnn.values.trace import SavedTensor, Trace
 
@@ -179,7 +179,7 @@ def extent(saved: SavedTensor) -> tuple[int, int]:
 def resolve(plan: Plan | None, trace: Trace, points: Points | None = None) -> tuple[Move, ...]:
     """The moves of a plan on a trace, in plan order; none without a plan.
 
-    A plan that encodes moves the codes, which only its own step has (`vdnn.encoding.encoded`).
+    A plan that encodes moves the codes, which only its own step has (`vdnn.analysis.encoding.encoded`).
 
     Raises:
         PlanMismatchError: names the first point or saved tensor of the plan that the trace does not have.

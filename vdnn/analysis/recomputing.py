@@ -17,9 +17,9 @@ from bisect import bisect_left
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-from vdnn.chains import RANDOM, Chain, makers, planned_chains
+from vdnn.analysis.chains import RANDOM, Chain, makers, planned_chains
+from vdnn.analysis.moments import Points
 from vdnn.errors import PlanMismatchError
-from vdnn.moments import Points
 from vdnn.values.plan import Offload, Plan, Recompute
 from vdnn.values.trace import Op, SavedTensor, Storage, Trace
 

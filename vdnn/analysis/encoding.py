@@ -16,11 +16,11 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from vdnn.blocks import blocked
-from vdnn.encodable import elements_of, refusal, windows
+from vdnn.analysis.blocks import blocked
+from vdnn.analysis.encodable import elements_of, refusal, windows
+from vdnn.analysis.moments import Moment, Points
+from vdnn.analysis.recomputing import recomputed
 from vdnn.errors import PlanMismatchError
-from vdnn.moments import Moment, Points
-from vdnn.recomputing import recomputed
 from vdnn.values.codes import ITEM_BYTES, code_bytes, restored_bytes
 from vdnn.values.plan import Encode, Entry, Plan
 from vdnn.values.trace import Category, Kernel, Op, Phase, Storage, Trace

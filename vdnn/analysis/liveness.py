@@ -1,6 +1,6 @@
 """When each storage occupies the device, without a plan and under one: memory from program order alone.
 
-    moves = resolve(plan, trace)            vdnn.moments: what goes out and comes back, and when
+    moves = resolve(plan, trace)            vdnn.analysis.moments: what goes out and comes back, and when
     requested(trace, moves)                 bytes live during each op (exact)
     peak(trace, moves)                      the largest, the op it falls on, and what fills it
 
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from vdnn.moments import MOVABLE, Move, released_at
+from vdnn.analysis.moments import MOVABLE, Move, released_at
 from vdnn.values.result import PeakItem
 from vdnn.values.trace import Trace
 

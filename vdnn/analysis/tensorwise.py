@@ -24,7 +24,7 @@ from vdnn.values.plan import Copy
 from vdnn.values.trace import Trace
 
 if TYPE_CHECKING:
-    from vdnn.moments import Moment, Points
+    from vdnn.analysis.moments import Moment, Points
 
 __all__ = ["Trip", "node_ends", "trips"]
 
