@@ -3,6 +3,7 @@
     blocks(trace)            module calls that can be computed again as a whole, and what that lets go of
     repeated(trace)          those of them that are a model's repeated blocks, the outermost first
     blocked(trace, plan)     the step under the plan's `Recompute(block=…)` actions
+    run_again(trace, found)  the step in which these blocks run again
 
 What a block saves stays until the block returns, and goes. Where backward first asks for something of it, the block
 runs again up to the last pack that the plan needs, on copies of its buffers; what it makes on the way and nobody saves
@@ -20,7 +21,7 @@ from vdnn.errors import PlanMismatchError
 from vdnn.values.plan import Plan, Point, Recompute
 from vdnn.values.trace import Op, Storage, Trace
 
-__all__ = ["Block", "block_actions", "blocked", "blocks", "repeated"]
+__all__ = ["Block", "block_actions", "blocked", "blocks", "repeated", "run_again"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,12 +154,22 @@ def blocked(trace: Trace, plan: Plan | None) -> Trace:
         if source is None or trace.saved[source].storage != trace.saved[block.source].storage:
             raise PlanMismatchError(f"{text} of {trace.model} does not start from {sources[text]}")
         found.append(Block(block.call, source, tuple(dropped)))
-    return _Rewriting(trace, points, found).write()
+    return run_again(trace, found)
+
+
+def run_again(trace: Trace, found: Sequence[Block], *, checked: bool = True) -> Trace:
+    """The step in which these blocks run again. A search that rewrites a step many times may do without `checked`.
+
+    Raises:
+        PlanMismatchError: two of them would run at one moment.
+    """
+    return _Rewriting(trace, Points(trace), found, checked).write() if found else trace
 
 
 class _Rewriting:
-    def __init__(self, trace: Trace, points: Points, found: Sequence[Block]) -> None:
+    def __init__(self, trace: Trace, points: Points, found: Sequence[Block], checked: bool) -> None:
         self.trace = trace
+        self.checked = checked
         self.points = points
         need = {block.call: min(trace.storages[s].need for s in block.dropped) for block in found}
         self.found = sorted(found, key=lambda block: need[block.call])
@@ -269,5 +280,6 @@ class _Rewriting:
             for call in trace.modules
         )
         step = replace(trace, ops=tuple(ops), storages=tuple(storages), saved=saved, modules=modules)
-        step.check()
+        if self.checked:
+            step.check()
         return step

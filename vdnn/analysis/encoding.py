@@ -1,6 +1,7 @@
 """A step in which codes stand for some feature maps between forward and backward, as a trace.
 
     encoded(trace, plan)     the step under the plan's `Encode` actions
+    encode(trace, codes)     the step with these codes, by storage
     planned(trace, plan)     the step under all that a plan changes in it: also its `Recompute` actions
 
 Where the first of a storage's saved tensors is packed, ops make the code; the storage itself goes when forward lets go
@@ -13,7 +14,7 @@ Ops and scratch are those of the engine (`vdnn.engine.encoded`), so requested by
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from vdnn.analysis.blocks import blocked
@@ -21,11 +22,11 @@ from vdnn.analysis.encodable import elements_of, refusal, windows
 from vdnn.analysis.moments import Moment, Points
 from vdnn.analysis.recomputing import recomputed
 from vdnn.errors import PlanMismatchError
-from vdnn.values.codes import ITEM_BYTES, code_bytes, restored_bytes
-from vdnn.values.plan import Encode, Entry, Plan
+from vdnn.values.codes import ITEM_BYTES, Code, code_bytes, restored_bytes
+from vdnn.values.plan import Encode, Plan
 from vdnn.values.trace import Category, Kernel, Op, Phase, Storage, Trace
 
-__all__ = ["encoded", "planned"]
+__all__ = ["code_ops", "encode", "encoded", "planned"]
 
 
 def encoded(trace: Trace, plan: Plan | None) -> Trace:
@@ -35,7 +36,50 @@ def encoded(trace: Trace, plan: Plan | None) -> Trace:
         PlanMismatchError: the plan names what the trace does not have, or a code that is not enough for a reader.
     """
     entries = [e for e in plan.entries if isinstance(e.action, Encode)] if plan is not None else []
-    return _Rewriting(trace, entries).write() if entries else trace
+    if not entries:
+        return trace
+    points = Points(trace)
+    codes: dict[int, Code] = {}
+    for entry in entries:
+        group = sorted(points.find(name) for name in entry.saved)
+        storage = trace.saved[group[0]].storage
+        assert isinstance(entry.action, Encode)
+        why = ""
+        if group != [i for i, t in enumerate(trace.saved) if t.storage == storage]:
+            why = "its entry leaves out a tensor in its storage"
+        elif storage in codes:
+            why = "it shares its storage with another entry"
+        if why:
+            raise PlanMismatchError(
+                f"{entry.saved[0]} of {trace.model} cannot be encoded as {entry.action.how!r}: {why}"
+            )
+        codes[storage] = entry.action.how
+    return encode(trace, codes)
+
+
+def encode(trace: Trace, codes: Mapping[int, Code], *, checked: bool = True) -> Trace:
+    """The step in which these codes stand for these storages; their numbers begin behind the trace's own.
+
+    A search that rewrites the same step a hundred times may do without `checked`.
+
+    Raises:
+        PlanMismatchError: a code that is not enough for a reader.
+    """
+    return _Rewriting(trace, codes, checked).write() if codes else trace
+
+
+def code_ops(trace: Trace, codes: Mapping[int, Code]) -> tuple[Trace, dict[int, range]]:
+    """The ops that make and read these codes, as the ops of a trace, and by storage which of them are its own."""
+    rewriting = _Rewriting(trace, codes, checked=False)
+    ops: list[Op] = []
+    own = {}
+    for storage in codes:
+        before, first = len(rewriting.blocks), len(ops)
+        rewriting.encode(storage)
+        for block in rewriting.blocks[before:]:
+            ops += block.ops
+        own[storage] = range(first, len(ops))
+    return replace(trace, ops=tuple(ops), storages=(*trace.storages, *rewriting.storages), saved=(), modules=()), own
 
 
 def planned(trace: Trace, plan: Plan | None) -> Trace:
@@ -57,10 +101,14 @@ class _Block:
 
 
 class _Rewriting:
-    def __init__(self, trace: Trace, entries: Sequence[Entry]) -> None:
+    def __init__(self, trace: Trace, codes: Mapping[int, Code], checked: bool) -> None:
         self.trace = trace
         self.points = Points(trace)
-        self.entries = entries
+        self.codes = codes
+        self.checked = checked
+        self.tensors: dict[int, list[int]] = {}
+        for i, t in enumerate(trace.saved):
+            self.tensors.setdefault(t.storage, []).append(i)
         self.storages: list[Storage] = []  # new ones; positions are filled in at the end
         self.life: list[tuple[int, int, int, int]] = []  # of each: block and op it begins at, block and op it ends at
         self.blocks: list[_Block] = []
@@ -70,21 +118,18 @@ class _Rewriting:
     # -- what is put in ----------------------------------------------------------------------------
 
     def write(self) -> Trace:
-        for entry in self.entries:
-            self._encode(entry)
+        for storage in self.codes:
+            self.encode(storage)
         return self._finish()
 
-    def _encode(self, entry: Entry) -> None:
-        trace, action = self.trace, entry.action
-        assert isinstance(action, Encode)
-        group = sorted(self.points.find(name) for name in entry.saved)
-        storage = trace.saved[group[0]].storage
-        every = [i for i, t in enumerate(trace.saved) if t.storage == storage]
-        why = refusal(trace, storage, action.how) if group == every else "its entry leaves out a tensor in its storage"
-        if storage in self.code:
-            why = "it shares its storage with another entry"
+    def encode(self, storage: int) -> None:
+        trace, how = self.trace, self.codes[storage]
+        group = self.tensors[storage]
+        why = refusal(trace, storage, how) if self.checked else ""
         if why:
-            raise PlanMismatchError(f"{entry.saved[0]} of {trace.model} cannot be encoded as {action.how!r}: {why}")
+            raise PlanMismatchError(
+                f"{self.points.names[group[0]]} of {trace.model} cannot be encoded as {how!r}: {why}"
+            )
         asked = [(moment, i) for i in group if (moment := self.points.unpack(i)) is not None]
         first = self.points.pack(group[0])
         need = min(asked) if asked else None
@@ -96,16 +141,16 @@ class _Rewriting:
         again = None
         if need is not None:
             again = _Maker(self, _Block(need[0], True, []), "backward", trace.saved[need[1]].module, dtype, n)
-        code = self.code[storage] = self._code(made, action, storage, n)
+        code = self.code[storage] = self._code(made, how, storage, n)
         if again is not None:
-            self.back[storage] = self._decode(again, action, storage, code, n)
+            self.back[storage] = self._decode(again, how, storage, code, n)
             again.ends(code)
 
-    def _code(self, made: _Maker, action: Encode, storage: int, n: int) -> int:
-        stays, item = code_bytes(action.how, n), ITEM_BYTES[made.dtype]
-        if action.how == "shape":
+    def _code(self, made: _Maker, how: Code, storage: int, n: int) -> int:
+        stays, item = code_bytes(how, n), ITEM_BYTES[made.dtype]
+        if how == "shape":
             code = made.storage(0, None, "activation")
-        elif action.how.startswith("index"):
+        elif how.startswith("index"):
             at = made.op("vdnn.narrow", "copy", (storage,), (), item * n, stays)
             code = made.storage(stays, at, "activation")
         else:
@@ -114,17 +159,17 @@ class _Rewriting:
             made.op("vdnn.gather_bits", "elementwise", (mask,), (mask,), padded, padded)
             at = made.op("vdnn.shift_bits", "elementwise", (mask,), (), padded, stays)
             code = made.storage(stays, at, "activation")
-            if action.how == "sign":
+            if how == "sign":
                 made.op("vdnn.invert", "elementwise", (code,), (code,), stays, stays)
             made.ends(mask)
         return code
 
-    def _decode(self, again: _Maker, action: Encode, storage: int, code: int, n: int) -> int:
+    def _decode(self, again: _Maker, how: Code, storage: int, code: int, n: int) -> int:
         item = ITEM_BYTES[again.dtype]
-        full, stays = restored_bytes(action.how, n, item), code_bytes(action.how, n)
-        if action.how == "shape":
+        full, stays = restored_bytes(how, n, item), code_bytes(how, n)
+        if how == "shape":
             return again.storage(full, again.op("vdnn.empty", "view", (code,), (), 0, 0), "activation")
-        if action.how.startswith("index"):
+        if how.startswith("index"):
             pool = windows(self.trace, storage)
             assert pool is not None
             start = 8 * (pool[1] + 1)
@@ -141,7 +186,7 @@ class _Rewriting:
         made = again.storage(
             full, again.op("vdnn.spread_bits", "elementwise", (code, powers), (), stays + 8, full), "activation"
         )
-        if action.how == "bits":
+        if how == "bits":
             again.op("vdnn.to_bool", "elementwise", (made,), (made,), full, full)
         again.ends(steps, 2)
         again.ends(powers)
@@ -237,7 +282,8 @@ class _Rewriting:
                 op = replace(op, reads=reads, writes=tuple(self.back.get(w, w) for w in op.writes))
             ops.append(op)
         step = replace(trace, ops=tuple(ops), storages=tuple(storages), saved=tuple(saved), modules=tuple(modules))
-        step.check()
+        if self.checked:
+            step.check()
         return step
 
 

@@ -2,6 +2,7 @@
 
     variables   f_i, g_i    how much of storage i goes to the host, how much is computed again (f + g <= 1)
                 h_o         how much of a forward op runs a second time, for ops that make several storages
+                b_j         how much of a block runs a second time, where a search asks for it (f + g + b <= 1)
                 X_k         when compute starts the op at breakpoint k
                 T_k, J_k    bytes that have gone out, and come back, by then
     minimise    X at the end of the step
@@ -26,7 +27,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -38,7 +39,7 @@ from vdnn.sim.run import clock
 from vdnn.values.hardware import Hardware
 from vdnn.values.trace import Trace
 
-__all__ = ["Bound", "Piece", "least_memory", "pieces", "time_bound"]
+__all__ = ["Bound", "Group", "Piece", "least_memory", "pieces", "time_bound"]
 
 _MOST = 900  # breakpoints
 _SAFETY = 1e-6  # HiGHS meets its rows to about this share
@@ -48,7 +49,8 @@ _SAFETY = 1e-6  # HiGHS meets its rows to about this share
 class Bound:
     """No plan's step is shorter than `time_ns`; `why` says how it was found, `solved` whether it was.
 
-    `out` and `again` are the shares of each piece that the optimum moves and computes again, by storage.
+    `out` and `again` are the shares of each piece that the optimum moves and computes again, by storage; `groups` those
+    of the groups that run again, by their number.
     """
 
     time_ns: int
@@ -56,6 +58,7 @@ class Bound:
     solved: bool
     out: dict[int, float]
     again: dict[int, float]
+    groups: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,8 @@ class Piece:
     """One storage that may be away, in [gone, need): the least that a copy carries, and the ops that make it again.
 
     `free` is where autograd lets go of it; `again` is None if nothing makes it again, and empty where a code may stand
-    for it: what making and reading the code takes is left out, and so is the code.
+    for it: what making and reading the code takes is left out, and so is the code. A search that knows better adds
+    `again_ns`.
     """
 
     storage: int
@@ -74,6 +78,18 @@ class Piece:
     need: int
     free: int
     again: tuple[int, ...] | None
+    again_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Storages that come again together: they go at `gone` or later, and are all back at `need`, which takes `ns`."""
+
+    number: int
+    storages: frozenset[int]
+    gone: int
+    need: int
+    ns: int
 
 
 def pieces(trace: Trace) -> list[Piece]:
@@ -142,12 +158,14 @@ def time_bound(
     items: Sequence[Piece] | None = None,
     seconds: float = 20.0,
     breakpoints: int = 0,
+    groups: Sequence[Group] = (),
 ) -> Bound:
     """The bound on the step's time with this much memory.
 
     Args:
         items: what may be away; default: everything that could (only then it is a bound for every plan).
         breakpoints: how many there may be; 0: as many as a second or two allow.
+        groups: what may also come again together, for a search: no bound knows them, their ops are in the pieces.
         seconds: for the solver. If they do not suffice, the bound is the step without a plan, and says so.
     """
     base = clock(trace, op_ns, hardware)
@@ -155,14 +173,14 @@ def time_bound(
     found = list(pieces(trace)) if items is None else list(items)
     if max(live, default=0) <= budget_bytes:
         return Bound(base[-1], "the step fits as it is", True, {}, {})
-    program = _Program(trace, hardware, op_ns, base, live, budget_bytes, found, breakpoints or _MOST)
-    status, value, out, again = program.solve(seconds)
+    program = _Program(trace, hardware, op_ns, base, live, budget_bytes, found, breakpoints or _MOST, groups)
+    status, value, out, again, whole = program.solve(seconds)
     if status == 2:
         return Bound(base[-1], "no plan fits", True, {}, {})
     if status != 0:
         return Bound(base[-1], f"the solver gave up after {seconds:g} s: the step without a plan", False, {}, {})
     bound = max(base[-1], math.floor(value * (1 - _SAFETY)))
-    return Bound(bound, f"linear program of {program.rows} rows and {program.columns} columns", True, out, again)
+    return Bound(bound, f"linear program of {program.rows} rows and {program.columns} columns", True, out, again, whole)
 
 
 class _Program:
@@ -178,8 +196,10 @@ class _Program:
         budget: int,
         items: list[Piece],
         breakpoints: int,
+        groups: Sequence[Group],
     ) -> None:
         self.items = items
+        self.groups = groups
         self.byte = max(live) / 1000
         self.ns = max(base[-1], 1) / 1000
         self._entries: tuple[list[int], list[int], list[float]] = ([], [], [])
@@ -194,8 +214,13 @@ class _Program:
         last = len(at) - 1
         out = [self._column(0, 1) for _ in items]
         again = [self._column(0, 0 if piece.again is None else 1) for piece in items]
-        for f, g in zip(out, again, strict=True):
-            self._row([(f, 1), (g, 1)], 1)
+        whole = [self._column(0, 1) for _ in groups]
+        makers: dict[int, list[int]] = {}
+        for number, group in enumerate(groups):
+            for storage in group.storages:
+                makers.setdefault(storage, []).append(number)
+        for piece, f, g in zip(items, out, again, strict=True):
+            self._row([(f, 1), (g, 1), *((whole[j], 1) for j in makers.get(piece.storage, ()))], 1)
         time = [self._column(base[p] / self.ns, None) for p in at]
         sent = [self._column(0, None) for _ in at]
         back = [self._column(0, None) for _ in at]
@@ -221,9 +246,15 @@ class _Program:
             if moved < away:  # saved views that cover less than their storage: the rest does not come back
                 absent[begin].append((out[i], away - moved))
                 absent[min(bisect_left(at, piece.free), last)].append((out[i], moved - away))
-            alone = sum(op_ns[op] for op in piece.again or () if len(shared[op]) == 1)
+            for j in makers.get(piece.storage, ()):
+                first = bisect_right(at, max(piece.gone, groups[j].gone)) - 1
+                absent[first].append((whole[j], away))
+                absent[max(first, min(bisect_left(at, groups[j].need), last))].append((whole[j], -away))
+            alone = piece.again_ns + sum(op_ns[op] for op in piece.again or () if len(shared[op]) == 1)
             if alone:
                 costs[end].append((again[i], alone / self.ns))
+        for group, b in zip(groups, whole, strict=True):
+            costs[min(bisect_left(at, group.need), last)].append((b, group.ns / self.ns))
         for op, users in shared.items():
             if len(users) > 1 and op_ns[op]:
                 twice = self._column(0, 1)
@@ -257,7 +288,7 @@ class _Program:
                 if max(here, later) > budget:
                     over = (budget - max(here, later)) / self.byte
                     self._row([(back[k], 1), *_minus(sums[1][k]), *_minus(sums[3][k])], over)
-        self._out, self._again = out, again
+        self._out, self._again, self._whole = out, again, whole
 
     def _column(self, low: float, high: float | None) -> int:
         self._low.append(low)
@@ -296,8 +327,8 @@ class _Program:
         """How many."""
         return len(self._cost)
 
-    def solve(self, seconds: float) -> tuple[int, float, dict[int, float], dict[int, float]]:
-        """HiGHS's status (0: optimal, 2: infeasible), the time in ns, and the shares by storage."""
+    def solve(self, seconds: float) -> tuple[int, float, dict[int, float], dict[int, float], dict[int, float]]:
+        """HiGHS's status (0: optimal, 2: infeasible), the time in ns, and the shares by storage and by group."""
         import numpy as np
         from scipy.optimize import linprog
         from scipy.sparse import csr_matrix
@@ -316,12 +347,13 @@ class _Program:
             options={"time_limit": seconds},
         )
         if solved.status != 0:
-            return int(solved.status), 0.0, {}, {}
+            return int(solved.status), 0.0, {}, {}, {}
         shares = [
             {piece.storage: float(solved.x[column]) for piece, column in zip(self.items, which, strict=True)}
             for which in (self._out, self._again)
         ]
-        return 0, float(solved.fun) * self.ns, shares[0], shares[1]
+        groups = {g.number: float(solved.x[column]) for g, column in zip(self.groups, self._whole, strict=True)}
+        return 0, float(solved.fun) * self.ns, shares[0], shares[1], groups
 
 
 def _minus(entries: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
