@@ -1,7 +1,8 @@
 """Train the same thing with and without offload, and compare every bit.
 
-    case = Case("lstm", make)                   make(kind) gives a Training: its models, and a step to repeat
-    outcome = compare(case, "cpu", STEPS)       "cpu" stands for the virtual device
+    case = Case("lstm", make)            make(kind) gives a Training: its models, and a step to repeat
+    plain = baseline(case, "cpu")        without offload; "cpu" stands for the virtual device
+    outcome = compare(case, plain)       once for each way of running the case: its options are those of `vdnn.wrap`
 
 What is compared: what each step returns (outputs, losses), every gradient that is there after it, and at the end
 every parameter and buffer. Of each tensor only a digest is kept, so that large models fit twice.
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 import vdnn
 from vdnn.engine import CudaDevice, VirtualDevice
 
-__all__ = ["STEPS", "Case", "Outcome", "Training", "compare"]
+__all__ = ["Baseline", "Case", "Outcome", "Training", "baseline", "compare"]
 
 STEPS = 3
 # As much as can move: from 1 KiB on, and also what backward asks for soon.
@@ -59,47 +60,49 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """`differs` names the first digest that is not the same ("" if all are); `repeats` is False where two runs
-    without offload differ already, so that there is nothing to compare with. `by_rule` says that some model could
-    not be captured."""
+class Baseline:
+    """What the steps give without offload. `differs` names what two such runs do not have alike ("" if all is), so
+    that there is nothing to compare with."""
 
-    name: str
-    parameters: int
+    kind: str
+    digests: Digests
+    differs: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`differs` names the first digest that is not the baseline's ("" if all are)."""
+
     compared: int
     offloaded_bytes: int
-    by_rule: bool
     differs: str
-    repeats: bool = True
-
-    @property
-    def exact(self) -> bool:
-        return self.repeats and not self.differs
 
 
-def compare(case: Case, kind: str = "cpu", steps: int = STEPS) -> Outcome:
-    """Train without and with offload. On CUDA without offload twice: some kernels give other bits each time."""
+def baseline(case: Case, kind: str) -> Baseline:
+    """Train without offload; on CUDA twice, where some kernels give other bits each time."""
     with _repeatable(kind):
-        plain, _, _, parameters = _train(case, kind, steps, None)
-        if kind == "cuda":
-            again = _train(case, kind, steps, None)[0]
-            if again != plain:
-                return Outcome(case.name, parameters, len(plain), 0, False, _difference(again, plain), repeats=False)
-        device = CudaDevice() if kind == "cuda" else VirtualDevice(seed=len(case.name))
-        ours, moved, by_rule, _ = _train(case, kind, steps, device)
-    return Outcome(case.name, parameters, len(plain), moved, by_rule, _difference(ours, plain))
+        plain = _train(case, kind, None)[0]
+        again = _train(case, kind, None)[0] if kind == "cuda" else plain
+    return Baseline(kind, plain, _difference(again, plain))
 
 
-def _train(
-    case: Case, kind: str, steps: int, device: CudaDevice | VirtualDevice | None
-) -> tuple[Digests, int, bool, int]:
+def compare(case: Case, plain: Baseline) -> Outcome:
+    """Train with offload."""
+    device = CudaDevice() if plain.kind == "cuda" else VirtualDevice(seed=len(case.name))
+    with _repeatable(plain.kind):
+        ours, moved = _train(case, plain.kind, device)
+    return Outcome(len(plain.digests), moved, _difference(ours, plain.digests))
+
+
+def _train(case: Case, kind: str, device: CudaDevice | VirtualDevice | None) -> tuple[Digests, int]:
+    """Digests, and the bytes that were offloaded."""
     torch.manual_seed(0)
     training = case.make(kind)
     wrapped = list(training.wrapped or training.models.values()) if device is not None else []
     for model in wrapped:
         vdnn.wrap(model, device=device, **(EVERYTHING | dict(case.options)))
     found: Digests = {}
-    for number in range(steps):
+    for number in range(STEPS):
         torch.manual_seed(1 + number)
         for at, tensor in enumerate(training.step(number)):
             found[f"step {number + 1}, result {at}"] = _digest(tensor)
@@ -117,14 +120,12 @@ def _train(
         vdnn.unwrap(model)
     if isinstance(device, VirtualDevice):
         device.finish()
-    parameters = sum(p.numel() for _, p in _named(training, "named_parameters"))
     for report in reports:
         # a fake tensor's memory format may not be a real one's: what then is not as planned stays, and is listed
         assert not [text for text in report.mismatches if "computed again" not in text], report.mismatches
-    moved, by_rule = sum(r.offloaded_bytes for r in reports), any(r.policy == "by rule" for r in reports)
     del training, wrapped
     gc.collect()
-    return found, moved, by_rule, parameters
+    return found, sum(report.offloaded_bytes for report in reports)
 
 
 def _named(training: Training, what: str) -> Iterator[tuple[str, Tensor]]:
