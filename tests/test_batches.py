@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import vdnn
 from vdnn.batches import largest_batch
-from vdnn.errors import InfeasibleError
+from vdnn.errors import CaptureError, InfeasibleError
 from vdnn.values import RunResult
 
 
@@ -64,3 +64,22 @@ def test_offload_makes_room_for_a_larger_batch() -> None:
         assert not above.fits
         found[policy] = best.batch
     assert found["vdnn-all"] > found["none"] > 1
+
+
+def test_a_batch_too_small_for_the_model_does_not_hide_that_none_fits() -> None:
+    """A batch norm of one value cannot be captured: the error was that, and not that the memory is too small."""
+    plain, _ = machine(lambda batch: 1000 * batch, 10)
+
+    def simulated(batch: int) -> RunResult:
+        if batch < 2:
+            raise CaptureError("Expected more than 1 value per channel")
+        return plain(batch)
+
+    with pytest.raises(InfeasibleError, match="even with a batch of 2, the smallest that the model runs: its peak is"):
+        largest_batch(simulated, 10)
+
+    def broken(batch: int) -> RunResult:
+        raise CaptureError("an op asks for values")
+
+    with pytest.raises(CaptureError):
+        largest_batch(broken, 10)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vdnn.errors import InfeasibleError
+from vdnn.errors import CaptureError, InfeasibleError
 from vdnn.units import format_bytes
 from vdnn.values import RunResult
 
@@ -30,19 +30,25 @@ def largest_batch(
         limit: no larger batch is tried; the second result is None if this one fits.
 
     Raises:
-        InfeasibleError: a batch of 1 does not fit.
+        InfeasibleError: a batch of 1 does not fit, or the smallest that the model can run.
+        CaptureError: the model cannot be captured.
     """
     known: dict[int, RunResult] = {}
 
-    def at(batch: int) -> RunResult:
+    def fits(batch: int) -> bool:
         if batch not in known:
-            known[batch] = simulated(batch)
-        return known[batch]
+            try:
+                known[batch] = simulated(batch)
+            except CaptureError:
+                if batch > min(known, default=0):
+                    raise
+                return False  # a larger one ran: this one is too small for the model (batch norm of one value)
+        return bool(known[batch].fits)
 
     low, high = 0, limit + 1  # `low` fits (0 always), `high` does not
     batch = min(_FIRST, limit)
     while high - low > _grain(low):
-        if at(batch).fits:
+        if fits(batch):
             low = batch
         else:
             high = batch
@@ -57,10 +63,11 @@ def largest_batch(
             line = _meets(known, memory_bytes) if fitted == 2 else low + max(_grain(low), low // 8)
             batch = min(max(line, low + 1), limit)
     if low == 0:
-        one = known[1]
+        one = known[min(known)]
+        smallest = "" if one.batch == 1 else ", the smallest that the model runs"
         raise InfeasibleError(
-            f"{one.model} does not fit on {one.gpu} under {one.policy} even with a batch of 1: its peak is "
-            f"{format_bytes(_peak(one))} of {format_bytes(memory_bytes)}; take another policy, or a larger GPU"
+            f"{one.model} does not fit on {one.gpu} under {one.policy} even with a batch of {one.batch}{smallest}: its "
+            f"peak is {format_bytes(_peak(one))} of {format_bytes(memory_bytes)}; take another policy, or a larger GPU"
         )
     return known[low], known.get(high)
 

@@ -11,12 +11,13 @@ that stream, from blocks of its own, and freed when that stream has waited for c
 A training's first step runs, then one more (vdnn.sim.first_step): the second finds the segments, and the holes, that
 the first one left. What CUDA itself takes is not in it: it is not torch's allocator's.
 
-A workspace that cannot be had is done without: cuDNN takes its next algorithm, which needs less.
+A convolution's workspace that cannot be had is done without: cuDNN takes its next algorithm, which needs less. Other
+ops have no other way: their workspaces are copies that their kernels read from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from vdnn.analysis.moments import Move, released_at
@@ -105,15 +106,15 @@ class StepMemory:
     """What the allocator made of the steps.
 
     Peaks are those of the run within the memory, if it fits; else of a run with unbounded memory. `retries` counts
-    allocations that had to wait for cached segments to be given back, `without` workspaces that were not to be had;
-    `failed_at` is the position (-1: before the step) at which memory ran out, and `failure` what was missing.
+    allocations that had to wait for cached segments to be given back, `without` are the convolutions that found no room
+    for their workspace in the later step; `failed_at` is the position (-1: before the step) at which memory ran out, and `failure` what was missing.
     """
 
     peak_allocated_bytes: int
     peak_reserved_bytes: int
     fits: bool
     retries: int
-    without: int
+    without: tuple[int, ...]
     failed_at: int | None
     failure: str
     allocator: CachingAllocator
@@ -128,16 +129,18 @@ def step_memory(
     """Run the allocations of two steps with `capacity` bytes as the limit; and without one, if they do not fit."""
     script = Script.of(trace, moves)
     steps = (first_step(trace, script), later_step(trace, script))
+    optional = {script.workspaces + i for i, op in enumerate(trace.ops) if op.kernel == "conv" and op.workspace_bytes}
     allocator = CachingAllocator(AddressSpace(capacity), options)
     failed_at, failure = None, ""
-    retries = without = 0
+    retries = 0
+    without: tuple[int, ...] = ()
     try:
-        without = _play(steps, script, allocator)
+        without = _play(steps, script, optional, allocator)
         retries = allocator.num_alloc_retries
     except _Failed as failed:
         failed_at, failure = failed.position, str(failed)
         allocator = CachingAllocator(AddressSpace(), options)
-        _play(steps, script, allocator)
+        _play(steps, script, optional, allocator)
     total = allocator.total
     return StepMemory(
         total.allocated_bytes_peak,
@@ -159,17 +162,20 @@ class _Failed(Exception):
         self.position = position
 
 
-def _play(steps: Sequence[tuple[list[int], list[int]]], script: Script, allocator: CachingAllocator) -> int:
-    """Make every call; how many workspaces could not be had.
+def _play(
+    steps: Sequence[tuple[list[int], list[int]]], script: Script, optional: Set[int], allocator: CachingAllocator
+) -> tuple[int, ...]:
+    """Make every call; the ops of the last step for whose workspace there was no room.
 
     Raises:
-        _Failed: a call that cannot be made.
+        _Failed: a call that cannot be made, of a piece that is not `optional`.
     """
     malloc, free, sizes, streams = allocator.malloc, allocator.free, script.sizes, script.streams
     flush = len(sizes)
     addresses = [0] * flush
-    without = 0
+    without: list[int] = []
     for calls, positions in steps:
+        without.clear()
         made = 0
         while made < len(calls):
             try:
@@ -184,9 +190,9 @@ def _play(steps: Sequence[tuple[list[int], list[int]]], script: Script, allocato
                     made += 1
             except DeviceOutOfMemory as error:
                 piece = calls[made]
-                if piece < script.workspaces:
+                if piece not in optional:
                     raise _Failed(positions[made], str(error)) from None
                 addresses[piece] = 0
-                without += 1
+                without.append(piece - script.workspaces)
                 made += 1
-    return without
+    return tuple(without)

@@ -1,8 +1,9 @@
 """A step of a trace under a plan on a machine, as a `RunResult`.
 
     resolve the plan's points → moments        vdnn.analysis.liveness
-    requested bytes from program order         vdnn.analysis.liveness: exact, no clock needed
     allocated, reserved, and whether it fits   vdnn.sim.allocator_step: the CUDA caching allocator as a model
+    requested bytes from program order         vdnn.analysis.liveness: exact, no clock needed; of the allocator's run,
+                                               in which a workspace may have found no room
     time from streams and the link             vdnn.sim.run
 
 `fits` is what the allocator says with the GPU's memory less CUDA's context (or the limit given) as its limit: cached
@@ -32,7 +33,7 @@ from vdnn.sim.pinned import pinned_bytes
 from vdnn.sim.pool import run_pool
 from vdnn.sim.recorder import Recorder
 from vdnn.sim.run import Run, run
-from vdnn.sim.workspaces import with_libraries
+from vdnn.sim.workspaces import with_libraries, without_workspaces
 from vdnn.units import format_bytes, format_ns
 from vdnn.values.hardware import Hardware
 from vdnn.values.node import ALONE, Node
@@ -80,10 +81,10 @@ def simulate_step(
     ring = ring_of(hardware, node) if buckets else None
     times = run(trace, moves, op_ns, hardware, recorder, buckets, ring, host_ns)
     spread = None if paper or hardware.timings else fitted().spread(hardware.id)
-    most = peak(trace, moves)
     allocates = trace.device != "cpu" and regime == "pytorch"
     capacity = memory_limit or (hardware.available_bytes if allocates else hardware.memory_bytes)
     memory = step_memory(trace, moves, capacity) if allocates else None
+    most = peak(without_workspaces(trace, memory.without) if memory else trace, moves)
     fits = memory.fits if memory else most.nbytes <= capacity
     notes = list(plan.notes if plan else ())
     copied_bytes = max(host_bytes(trace, moves), default=0)
@@ -150,7 +151,10 @@ def _memory_notes(trace: Trace, memory: StepMemory | None, capacity: int) -> lis
         return [f"out of memory with {limit}: {where}; the peaks are those of unbounded memory"]
     notes = []
     if memory.without:
-        notes.append(f"in {limit} {memory.without} convolutions find no room for cuDNN's workspace, and run slower")
+        count = len(memory.without)
+        notes.append(
+            f"in {limit} {count} convolution{'s find' if count > 1 else ' finds'} no room for cuDNN's workspace: slower"
+        )
     if memory.retries:
         notes.append(f"fits into {limit} because cached segments are given back {memory.retries} times, each a pause")
     return notes

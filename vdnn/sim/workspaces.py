@@ -12,12 +12,13 @@ step fits: where a workspace cannot be had, torch takes the next algorithm (vdnn
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from vdnn.values.hardware import Hardware
 from vdnn.values.trace import Op, Storage, Trace
 
-__all__ = ["held_bytes", "with_libraries"]
+__all__ = ["held_bytes", "with_libraries", "without_workspaces"]
 
 _WIDTH = {"float16": 2, "bfloat16": 2, "float32": 4}
 
@@ -32,6 +33,15 @@ def with_libraries(trace: Trace, hardware: Hardware) -> Trace:
         Storage(nbytes, "temporary", f"cuBLAS workspace, {phase}", -1, n, -1, n, "cuBLAS") for phase in _threads(trace)
     ]
     return replace(trace, ops=ops, storages=(*trace.storages, *held))
+
+
+def without_workspaces(trace: Trace, ops: Collection[int]) -> Trace:
+    """The step as it runs where these ops find no room for their workspaces."""
+    if not ops:
+        return trace
+    chosen = set(ops)
+    given = (replace(op, workspace_bytes=0) if i in chosen else op for i, op in enumerate(trace.ops))
+    return replace(trace, ops=tuple(given))
 
 
 def held_bytes(trace: Trace, hardware: Hardware) -> int:
