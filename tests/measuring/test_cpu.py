@@ -13,7 +13,7 @@ from vdnn.costs.measured import measured_times
 from vdnn.errors import UsageError
 from vdnn.measuring import device, measure_device
 from vdnn.measuring.clock import Clock, now_ns
-from vdnn.measuring.kernels import cases
+from vdnn.measuring.kernels import Case, cases
 from vdnn.values import Hardware, Peak, Timing, hardware, to_toml
 
 
@@ -26,6 +26,9 @@ def machine(*timings: Timing, page_ns: int = 0, fresh_from_bytes: int = 0) -> Ha
 
 
 ADD = (Timing("add", "float32", (100,), 1000), Timing("add", "float32", (1100,), 3000))
+
+
+SMALL = [Case("mm", (1, 8, 8, 8), lambda: None), Case("add", (12,), lambda: None)]
 
 
 class Sum(torch.nn.Module):
@@ -95,6 +98,42 @@ def test_a_clock_counts_what_a_call_takes() -> None:
         assert 1_000_000 <= Clock(1_000_000).ns(lambda: busy(1_000_000)) <= 1_300_000
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_call_whose_page_faults_cost_less_than_their_price_is_not_called_for_ever() -> None:
+    """A page's price that was measured too high left a call next to no time, and a round had 200,000 of them."""
+    calls = []
+
+    def touching() -> None:
+        calls.append(torch.empty(2**22, dtype=torch.uint8).fill_(1)[0])  # 4 MiB of new memory
+        end = now_ns() + 300_000
+        while now_ns() < end:
+            pass
+
+    assert Clock(1_000_000, page_ns=10**9).ns(touching) >= 300_000 // 10 // 2
+    assert len(calls) < 50
+
+
+def test_after_its_time_a_clock_times_each_call_once() -> None:
+    calls: list[int] = []
+    clock = Clock(1_000_000_000, hurry_at_ns=0)
+    assert clock.ns(lambda: calls.append(1)) > 0
+    assert (len(calls), clock.hurried) == (2, 1)
+
+
+def test_measuring_says_at_once_what_it_measures_and_then_each_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "parts", lambda dtype: {"sums": iter(SMALL), "products": iter(SMALL)})
+    monkeypatch.setattr(device, "_page_ns", lambda: 0)
+    monkeypatch.setattr(device, "_copy_rate", lambda clock: 10**9)
+    said: list[str] = []
+    found = measure_device("cpu", said.append)
+    assert "measuring this CPU" in said[0]
+    assert found.name in said[0]
+    assert said[-2:] == ["sums", "products"]
+    if not torch.cuda.is_available():
+        said.clear()
+        assert measure_device("auto", said.append).id == "cpu"
+        assert "there is no CUDA device" in said[0]
 
 
 @pytest.mark.slow

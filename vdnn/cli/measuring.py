@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vdnn.cli.arguments import Force, busy
+from vdnn.cli.arguments import Force
 from vdnn.errors import UsageError
 
 __all__ = ["measure"]
@@ -15,7 +15,7 @@ __all__ = ["measure"]
 
 def measure(
     output: Annotated[Path, typer.Option("-o", "--output", help="The hardware file to write: NAME.toml.")],
-    device: Annotated[str, typer.Option(help="auto, cuda, or cpu: a device of its own.")] = "auto",
+    device: Annotated[str, typer.Option(help="cuda, cpu, or auto: the GPU if there is one, else the CPU.")] = "auto",
     threads: Annotated[int, typer.Option(help="Threads of a CPU; 0: as many as torch takes.")] = 0,
     force: Force = False,
 ) -> None:
@@ -32,14 +32,13 @@ def measure(
         raise UsageError(f"{output} exists: give another name, or --force to overwrite it")
     if threads < 0:
         raise UsageError(f"{threads} threads are too few: give 1 or more, or 0 for torch's own number")
-    with busy("measuring"):
-        import torch
+    import torch
 
-        from vdnn.measuring import measure_device
+    from vdnn.measuring import measure_device
 
-        if threads:
-            torch.set_num_threads(threads)
-        found = measure_device(device)
+    if threads:
+        torch.set_num_threads(threads)
+    found = measure_device(device, tell=lambda what: typer.echo(f"vdnn: {what} …", err=True))
     typer.echo(as_text(hardware_table([found])), nl=False)
     try:
         output.write_text(to_toml(found))

@@ -23,15 +23,20 @@ LINK_BYTES = 2**28
 DTYPES = ("float32", "tf32", "float16", "bfloat16")
 
 
-def measure_cuda(index: int = 0) -> Hardware:
-    """Measure CUDA device `index`; nothing else should run on it meanwhile."""
+def measure_cuda(index: int = 0, tell: Callable[[str], None] = lambda what: None) -> Hardware:
+    """Measure CUDA device `index`; nothing else should run on it meanwhile. `tell` hears of each part as it begins."""
     with torch.cuda.device(index), torch.no_grad():
         memory = torch.cuda.get_device_properties(index).total_memory
         name = torch.cuda.get_device_name(index)
+        tell(f"measuring CUDA device {index}: {name}; it takes under a minute if nothing else runs")
+        tell("pinned copies over the link")
         d2h, h2d, both = _link()
+        tell("small copies, launches and the memory of the device")
         latency, launch, kernel = _small_copy_ns(), _launch_ns(), _kernel_ns()
         dram = _dram()
+        tell("products of matrices")
         products = {dtype: rate for dtype in DTYPES if (rate := _product(dtype))}
+        tell("convolutions")
         convolutions = {dtype: rate for dtype in DTYPES if (rate := _convolution(dtype))}
     how = f"measured on {name}, torch {torch.__version__}"
     rates = f"measured TFLOP/s: product of 8192 {_said(products)}; convolution 3×3, 256 channels {_said(convolutions)}"

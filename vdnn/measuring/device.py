@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from vdnn.errors import UsageError, unknown_name
 from vdnn.measuring.clock import Clock
-from vdnn.measuring.kernels import cases
+from vdnn.measuring.kernels import parts
 from vdnn.values import Hardware, Peak, Source, Timing
 
 __all__ = ["DEVICES", "measure_device"]
@@ -19,11 +21,16 @@ DEVICES = ("auto", "cpu", "cuda")
 # glibc's malloc maps blocks above this anew each time (DEFAULT_MMAP_THRESHOLD_MAX on 64-bit machines).
 MAPPED = 32 * 2**20
 BUDGET_NS = 10_000_000  # a kernel; there are some 500
+HURRY_AFTER_NS = 40_000_000_000  # of all kernels, which take half of it on a machine that does nothing else
 PAGE = 4096
 
 
-def measure_device(kind: str = "auto") -> Hardware:
+def measure_device(kind: str = "auto", tell: Callable[[str], None] = lambda what: None) -> Hardware:
     """Measure a device in under a minute; nothing else should run on it meanwhile.
+
+    Args:
+        kind: "cuda", "cpu", or "auto": the GPU if there is one, else the CPU.
+        tell: is told at once which device it is, then each part as it begins.
 
     Raises:
         UsageError: an unknown kind, or no such device here.
@@ -35,18 +42,28 @@ def measure_device(kind: str = "auto") -> Hardware:
     if kind == "cuda" or (kind == "auto" and torch.cuda.is_available()):
         from vdnn.measuring.cuda import measure_cuda
 
-        return measure_cuda()
-    return _measure_cpu()
+        return measure_cuda(tell=tell)
+    why = " (there is no CUDA device)" if kind == "auto" else ""
+    return _measure_cpu(tell, why)
 
 
-def _measure_cpu() -> Hardware:
+def _measure_cpu(tell: Callable[[str], None], why: str) -> Hardware:
     threads = torch.get_num_threads()
+    name = f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
+    tell(f"measuring this CPU{why}: {name}; it takes under a minute if nothing else runs")
     how = f"measured with torch {torch.__version__} on {threads} thread{'s' if threads > 1 else ''}"
+    timings: list[Timing] = []
     with torch.no_grad():
+        tell("new memory and copies")
         page_ns = _page_ns()
-        clock = Clock(BUDGET_NS, page_ns)
-        timings = tuple(Timing(c.op, "float32", c.sizes, clock.ns(c.call)) for c in cases(torch.float32))
+        clock = Clock(BUDGET_NS, page_ns, time.perf_counter_ns() + HURRY_AFTER_NS)
         memory = _copy_rate(clock)
+        for part, kernels in parts(torch.float32).items():
+            tell(part)
+            timings += [Timing(c.op, "float32", c.sizes, clock.ns(c.call)) for c in kernels]
+    if clock.hurried:
+        tell(f"the machine is busy: {clock.hurried} of {len(timings)} kernels were timed once")
+        how += f"; on a busy machine, {clock.hurried} of {len(timings)} kernels once"
     best = max(2 * b * m * n * k / t.ns for t in timings if t.op == "mm" for b, m, n, k in [t.sizes])
     start = min(t.ns for t in timings if t.op == "add")
     said = {
@@ -65,7 +82,7 @@ def _measure_cpu() -> Hardware:
     }
     return Hardware(
         id="cpu",
-        name=f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}",
+        name=name,
         memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         peaks=(Peak("float32", round(best * 1e9)),),
         dram_bytes_per_s=2 * memory,
@@ -77,7 +94,7 @@ def _measure_cpu() -> Hardware:
         kernel_ns=0,
         efficiencies=(),
         sources=tuple(Source(field, text) for field, text in said.items()),
-        timings=timings,
+        timings=tuple(timings),
         page_ns=page_ns,
         fresh_from_bytes=MAPPED,
     )

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from vdnn.tracing.kernels import describe, touched_bytes
 
-__all__ = ["Case", "cases"]
+__all__ = ["Case", "cases", "parts"]
 
 _ATEN: Any = torch.ops.aten
 COLUMNS = 512  # of the matrices that streams run on
@@ -34,13 +34,21 @@ class Case:
     call: Callable[[], Any]
 
 
+def parts(dtype: torch.dtype) -> dict[str, Iterator[Case]]:
+    """The kernels to measure, by what they are; arguments are made when one is asked for, and go with it."""
+    return {
+        "elementwise ops, copies, sums and norms": _streams(dtype),
+        "norms and pooling of images": _images(dtype),
+        "products of matrices": _products(dtype),
+        "convolutions": _convolutions(dtype),
+        "attention": _attention(dtype),
+    }
+
+
 def cases(dtype: torch.dtype) -> Iterator[Case]:
-    """Every kernel to measure; arguments are made when it is asked for, and go with it."""
-    yield from _streams(dtype)
-    yield from _images(dtype)
-    yield from _products(dtype)
-    yield from _convolutions(dtype)
-    yield from _attention(dtype)
+    """Every kernel of every part."""
+    for part in parts(dtype).values():
+        yield from part
 
 
 def _case(func: Any, *args: Any, **kwargs: Any) -> Case:
