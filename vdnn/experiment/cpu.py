@@ -15,7 +15,7 @@ from typing import Any
 
 from vdnn import api
 from vdnn.errors import FormatError
-from vdnn.reporting import provenance
+from vdnn.reporting import provenance, result_row
 from vdnn.reporting.sheet import Column, Sheet, as_text
 from vdnn.values import RunResult, hardware, load, save, to_toml
 
@@ -23,6 +23,7 @@ __all__ = [
     "CPU_KEYS",
     "Cpu",
     "CpuModel",
+    "cpu_rows",
     "draw_cpu",
     "files_of",
     "machine_file",
@@ -181,6 +182,52 @@ def _step_times(work: Any, cpu: Cpu) -> list[int]:
 # -- the page ------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One model's step, predicted and measured."""
+
+    model: CpuModel
+    predicted: RunResult
+    measured: RunResult
+
+    @property
+    def times_ns(self) -> tuple[int, int]:
+        """Of an iteration, predicted and measured."""
+        assert self.predicted.iteration_time_ns is not None
+        assert self.measured.iteration_time_ns is not None
+        return self.predicted.iteration_time_ns, self.measured.iteration_time_ns
+
+    @property
+    def error(self) -> float:
+        """How much more was predicted than measured, as a part of what was measured."""
+        predicted, measured = self.times_ns
+        return predicted / measured - 1
+
+
+def _steps(cpu: Cpu, folder: Path) -> list[_Step]:
+    found = []
+    for model in cpu.models:
+        measured, predicted = (load(path, "result") for path in files_of(folder, model))
+        assert isinstance(measured, RunResult)
+        assert isinstance(predicted, RunResult)
+        found.append(_Step(model, predicted, measured))
+    return found
+
+
+def cpu_rows(cpu: Cpu, folder: Path) -> list[dict[str, Any]]:
+    """JSON rows: the columns of each real step, what was predicted and its error, and whether it was seen before."""
+    return [
+        {
+            **result_row(step.measured),
+            "options": dict(step.model.options),
+            "predicted_iteration_time_ns": step.times_ns[0],
+            "error": step.error,
+            "seen": step.model.seen,
+        }
+        for step in _steps(cpu, folder)
+    ]
+
+
 def draw_cpu(cpu: Cpu, folder: Path) -> list[str]:
     """Draw the figure, and the page's lines: a table by model, and the errors' median."""
     from vdnn.reporting.plots import prediction_figure, save_figure
@@ -188,29 +235,15 @@ def draw_cpu(cpu: Cpu, folder: Path) -> list[str]:
     machine = hardware(machine_file(folder))
     rows, pairs = [], []
     errors: dict[bool, list[float]] = {True: [], False: []}
-    for model in cpu.models:
-        measured, predicted = (load(path, "result") for path in files_of(folder, model))
-        assert isinstance(measured, RunResult)
-        assert isinstance(predicted, RunResult)
-        assert measured.iteration_time_ns is not None
-        assert predicted.iteration_time_ns is not None
-        error = predicted.iteration_time_ns / measured.iteration_time_ns - 1
-        errors[model.seen].append(error)
+    for step in _steps(cpu, folder):
+        model = step.model
+        errors[model.seen].append(step.error)
         group = "seen while the cost model was made" if model.seen else "not seen"
-        pairs.append((replace(predicted, policy=group), replace(measured, policy=group)))
+        pairs.append((replace(step.predicted, policy=group), replace(step.measured, policy=group)))
         options = " ".join(f"{key}={value}" for key, value in model.options)
-        shown = [
-            f"{result.iteration_time_ns / 1e6:.0f}" for result in (predicted, measured) if result.iteration_time_ns
-        ]
-        row = (
-            model.name,
-            str(model.batch),
-            options or "--",
-            *shown,
-            f"{100 * error:+.1f}",
-            "yes" if model.seen else "no",
-        )
-        rows.append(row)
+        times = [f"{ns / 1e6:.0f}" for ns in step.times_ns]
+        error = f"{100 * step.error:+.1f}"
+        rows.append((model.name, str(model.batch), options or "--", *times, error, "yes" if model.seen else "no"))
     save_figure(prediction_figure(pairs, BAND), folder / cpu.file)
     headers = ("model", "batch", "options", "predicted [ms]", "measured [ms]", "error [%]", "seen")
     columns = tuple(Column(header, words=i in (0, 2)) for i, header in enumerate(headers))

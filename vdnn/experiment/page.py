@@ -14,7 +14,7 @@ from typing import Any
 
 from vdnn.errors import EngineError, UsageError
 from vdnn.experiment.bandwidth import draw_sweep
-from vdnn.experiment.cpu import draw_cpu
+from vdnn.experiment.cpu import cpu_rows, draw_cpu
 from vdnn.experiment.extra import extras_of
 from vdnn.experiment.frontier_page import draw_frontier
 from vdnn.experiment.node import draw_node
@@ -61,7 +61,9 @@ def write_page(experiment: Experiment, folder: Path) -> str:
         lines += draw_frontier(frontier, folder)
     for nodes in experiment.nodes:
         lines += draw_node(nodes, folder)
+    rows = result_rows(list(results.values()))
     if experiment.cpu is not None:
+        rows += cpu_rows(experiment.cpu, folder)
         page = draw_cpu(experiment.cpu, folder)
         lines += page
         shown.append("\n".join(page) + "\n")
@@ -69,7 +71,6 @@ def write_page(experiment: Experiment, folder: Path) -> str:
         page = fidelity_lines(folder)
         lines += page
         shown.append("\n".join(readme_lines(folder)) + "\n")
-    rows = result_rows(list(results.values()))
     (folder / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
     (folder / "README.md").write_text("\n".join(lines).rstrip() + "\n")
     wrong = next((r for r in results.values() if r.exact is False), None)
