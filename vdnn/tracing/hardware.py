@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from vdnn.tracing import attention, autocast, hidden, rnn
+from vdnn.tracing import attention, autocast, hidden, onednn, rnn
 from vdnn.tracing.attention import attend, attend_in_parts
 
 __all__ = ["as_on_cuda", "rules", "said"]
@@ -52,9 +52,9 @@ class _Sent(TorchFunctionMode):
 
 
 def rules(place: str, device: str) -> dict[Any, Any]:
-    """Ops for which torch has no rule for fakes, or another than CUDA's."""
+    """Ops for which torch has no rule for fakes, or another than the device's."""
     if device != "cuda":
-        return {}
+        return onednn.RULES
     return rnn.RULES | _RULES_ON_CPU if place == "cpu" else rnn.RULES
 
 
