@@ -7,15 +7,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gzip
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from vdnn import api
 from vdnn.errors import FormatError, VdnnError
@@ -92,7 +94,8 @@ class Captures:
             return found
         try:
             work = api.load(f"timm:{row.model}", row.batch, image_size=row.image_size)
-            trace = api.capture(work, **OPTIONS[row.kind])
+            with _resized_as_given() if row.kind == "train" else contextlib.nullcontext():
+                trace = api.capture(work, **OPTIONS[row.kind])
         except (VdnnError, TypeError, RuntimeError) as error:
             self._failed(row).parent.mkdir(parents=True, exist_ok=True)
             self._failed(row).write_text(f"{error}\n")
@@ -106,6 +109,22 @@ class Captures:
             progress(f"capture {row.model} {row.batch}", number, len(rows))
             if not self.path(row).exists():
                 self.make(row)
+
+
+@contextlib.contextmanager
+def _resized_as_given() -> Iterator[None]:
+    """torch 1.12's autocast resized feature maps in the dtype they came in; torch 2 runs that in fp32."""
+    import torch
+    from torch.nn import functional
+
+    interpolate = functional.interpolate
+
+    def as_given(*args: Any, **kwargs: Any) -> torch.Tensor:
+        with torch.autocast("cuda", enabled=False):
+            return interpolate(*args, **kwargs)
+
+    with mock.patch.object(functional, "interpolate", as_given):
+        yield
 
 
 @functools.cache

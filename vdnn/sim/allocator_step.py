@@ -107,7 +107,8 @@ class StepMemory:
 
     Peaks are those of the run within the memory, if it fits; else of a run with unbounded memory. `retries` counts
     allocations that had to wait for cached segments to be given back, `without` are the convolutions that found no room
-    for their workspace in the later step; `failed_at` is the position (-1: before the step) at which memory ran out, and `failure` what was missing.
+    for their workspace in the later step; `failed_at` is the position (-1: before the step) at which memory ran out,
+    `failure` what was missing.
     """
 
     peak_allocated_bytes: int
