@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +19,7 @@ from vdnn.planner.search import Search
 from vdnn.policies import Options, decide
 from vdnn.policies.candidates import survey
 from vdnn.sim import simulate_step
+from vdnn.sim.run import run
 from vdnn.training import train
 from vdnn.values import hardware
 
@@ -67,6 +70,22 @@ def test_the_same_question_has_the_same_answer() -> None:
     assert plans[0].fingerprint() == plans[1].fingerprint()
 
 
+def test_planning_rests_the_collector_of_cycles_and_wakes_it_whatever_happens() -> None:
+    assert gc.isenabled()
+    with pytest.raises(InfeasibleError):
+        best_plan(TRACES["conv"], MACHINE, 1 << 20)
+    assert gc.isenabled()
+    collections = gc.get_stats()[2]["collections"]
+    best_plan(TRACES["conv"], MACHINE, 500 << 20)
+    assert gc.get_stats()[2]["collections"] == collections
+    gc.disable()
+    try:
+        best_plan(TRACES["conv"], MACHINE, 500 << 20)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
 def test_a_plan_for_another_trace_is_refused() -> None:
     plan = vdnn.plan(TRACES["conv"], MACHINE, budget=500 << 20, min_bytes=1)
     with pytest.raises(PlanMismatchError):
@@ -84,6 +103,7 @@ def test_what_the_scheduler_says_of_memory_is_what_liveness_says(data: st.DataOb
         for prefetch in (True, False):
             schedule = step.schedule(parcels, target, 1, prefetch)
             assert step.peak_bytes(schedule.moves) == max(requested(trace, schedule.moves), default=0)
+            assert step.time_ns(schedule.moves) == run(trace, schedule.moves, step.op_ns, machine).total_ns
             assert set(schedule.actions) == {p.item.storage for p in parcels}
 
 

@@ -11,7 +11,7 @@ from tests.strategies import traces
 from vdnn.analysis.moments import resolve
 from vdnn.analysis.synthetic import conv_chain
 from vdnn.sim.allocator import AllocatorOptions
-from vdnn.sim.allocator_step import Script, step_memory
+from vdnn.sim.allocator_step import Script, fits, step_memory
 from vdnn.values import Trace
 
 MIB = 2**20
@@ -64,6 +64,7 @@ def test_within_a_limit_no_more_is_reserved_than_the_limit(data, trace, mib):
     moves = resolve(data.draw(any_plans(trace)), trace)
     free = step_memory(trace, moves, 1 << 50)
     tight = step_memory(trace, moves, mib * MIB)
+    assert fits(trace, moves, mib * MIB) is tight.fits
     if tight.fits:
         assert tight.peak_reserved_bytes <= mib * MIB
     else:

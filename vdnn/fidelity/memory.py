@@ -15,7 +15,7 @@ from typing import Any
 from vdnn.analysis.liveness import requested
 from vdnn.fidelity.captures import Captures
 from vdnn.fidelity.rows import StepRow
-from vdnn.sim.allocator_step import step_memory
+from vdnn.sim.allocator_step import fits, step_memory
 from vdnn.sim.workspaces import with_libraries
 from vdnn.values import Hardware, Trace, hardware
 
@@ -99,7 +99,7 @@ def _least(trace: Trace, machine: Hardware) -> int:
     low, high = max(requested(trace), default=0) - 1, step_memory(step, (), 1 << 60).peak_reserved_bytes
     while high - low > max(high >> 8, 1):
         middle = (low + high) // 2
-        if step_memory(step, (), middle).fits:
+        if fits(step, (), middle):
             high = middle
         else:
             low = middle

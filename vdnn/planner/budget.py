@@ -21,11 +21,12 @@ from vdnn.analysis.recomputing import recomputed
 from vdnn.costs import times_with
 from vdnn.errors import InfeasibleError, UsageError
 from vdnn.planner.bound import Bound, time_bound
+from vdnn.planner.collecting import without_collecting
 from vdnn.planner.search import Found, Search
 from vdnn.policies import Options, decide, recomputed_blocks
 from vdnn.policies.plans import make_plan
 from vdnn.sim import simulate_step
-from vdnn.sim.allocator_step import step_memory
+from vdnn.sim.allocator_step import fits, step_memory
 from vdnn.sim.run import run
 from vdnn.sim.workspaces import held_bytes, with_libraries
 from vdnn.units import format_bytes, format_ns
@@ -82,6 +83,7 @@ def plan_for_budget(trace: Trace, hardware: Hardware, budget_bytes: int, options
     return best_plan(trace, hardware, budget_bytes, options).plan
 
 
+@without_collecting()
 def best_plan(
     trace: Trace,
     hardware: Hardware,
@@ -259,6 +261,7 @@ def _peak(result: RunResult) -> str:
 # -- the least budget ------------------------------------------------------------------------------
 
 
+@without_collecting()
 def least_plan(trace: Trace, hardware: Hardware, options: Options | None = None) -> Planned:
     """The plan that fits into the least memory of those known, whatever its time, with that as its budget."""
     options = options or Options()
@@ -295,11 +298,11 @@ def _least_capacity(step: Trace, moves: Sequence[Move], most: int, enough: int) 
     if step.device == "cpu":
         return most
     low, high = most - 1, min(step_memory(step, moves, 1 << 60).peak_reserved_bytes, enough)
-    if high == enough and not step_memory(step, moves, enough).fits:
+    if high == enough and not fits(step, moves, enough):
         return enough
     while high - low > max(low >> 8, 1 << 20):
         middle = (low + high) // 2
-        if step_memory(step, moves, middle).fits:
+        if fits(step, moves, middle):
             high = middle
         else:
             low = middle

@@ -18,9 +18,12 @@ from itertools import accumulate, pairwise
 
 from vdnn.analysis.liveness import requested
 from vdnn.analysis.moments import Moment, Move, Points, extent
+from vdnn.costs import host_times
 from vdnn.policies.candidates import Saved, inside
 from vdnn.policies.plans import covers_half
-from vdnn.sim.run import clock
+from vdnn.sim.allocator_step import fits
+from vdnn.sim.run import Pace, clock, run
+from vdnn.sim.workspaces import with_libraries
 from vdnn.values.hardware import Hardware
 from vdnn.values.plan import Offload
 from vdnn.values.trace import Trace
@@ -30,7 +33,10 @@ __all__ = ["Parcel", "Schedule", "Step"]
 
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """One storage that may be offloaded, as the scheduler sees it: `views` are (saved tensor, bytes, out, need)."""
+    """One storage that may be offloaded, as the scheduler sees it: `views` are (saved tensor, bytes, out, need).
+
+    Of backward's points, `place` is the one where it is needed, and `back` the first at that position.
+    """
 
     item: Saved
     whole: bool
@@ -39,6 +45,8 @@ class Parcel:
     need: Moment
     free_from: Moment
     views: tuple[tuple[int, int, Moment, Moment | None], ...]
+    place: int
+    back: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +76,8 @@ class Step:
         self.op_ns = op_ns
         self.live = requested(trace)
         self.clock = clock(trace, op_ns, hardware)
+        self._pace = Pace(op_ns, host_times(trace, hardware))
+        self._libraries: Trace | None = None
         self.points = Points(trace)
         self.forward_end = trace.forward_end
         packs = inside(trace)
@@ -103,7 +113,19 @@ class Step:
         if not needs or free_from[0] >= min(needs)[0] or free_from > self._forward[-1][0]:
             return None
         out = min(view[2] for view in views)
-        return Parcel(item, whole, sum(view[1] for view in views), out, min(needs), free_from, tuple(views))
+        need = min(needs)
+        place, back = bisect_left(self._backward, (need, "")), bisect_left(self._backward_at, need[0])
+        return Parcel(item, whole, sum(view[1] for view in views), out, need, free_from, tuple(views), place, back)
+
+    def time_ns(self, moves: Sequence[Move]) -> int:
+        """How long the step takes under these moves."""
+        return run(self.trace, moves, self.op_ns, self.hardware, pace=self._pace).total_ns
+
+    def fits(self, moves: Sequence[Move], capacity: int) -> bool:
+        """Whether the allocator's model runs it in so much memory."""
+        if self._libraries is None:
+            self._libraries = with_libraries(self.trace, self.hardware)
+        return fits(self._libraries, moves, capacity)
 
     def peak_bytes(self, moves: Sequence[Move]) -> int:
         """The most that is requested under these moves: `liveness.requested`, from what is known of the step."""
@@ -180,11 +202,14 @@ class Step:
             if here < 0:
                 continue
             point = self._forward[here]
-            for parcel in [q for q in waiting if q.free_from <= point[0]]:
-                if self.live[p] - away <= target and late:
-                    break
-                let_go(parcel, point)
-                waiting.remove(parcel)
+            held = []
+            while waiting and (self.live[p] - away > target or not late):
+                parcel = waiting.popleft()
+                if parcel.free_from <= point[0]:
+                    let_go(parcel, point)
+                else:
+                    held.append(parcel)
+            waiting.extendleft(reversed(held))
             over = max(over, self.live[p] - away - target)
         for parcel in ordered[coming:]:  # packed after the last op of forward
             link = max(link, self.clock[parcel.out[0]] + shift) + latency + parcel.moved * 10**9 // rate
@@ -208,7 +233,7 @@ class Step:
         change = [0] * (n + 1)
         for parcel in ordered:  # with everything away until its need
             change[0] += parcel.item.nbytes
-            change[bisect_left(at, parcel.need[0])] -= parcel.moved
+            change[parcel.back] -= parcel.moved
         room = [target - most + away for most, away in zip(self._between, accumulate(change), strict=False)]
         takes = [latency + parcel.moved * 10**9 // rate for parcel in queue]
         starts = [0] * len(queue)  # the latest start without a stall, the link's other duties considered
@@ -221,22 +246,20 @@ class Step:
         last = 0
         free: deque[int] = deque([0] * (ahead + 1))  # when the link has carried the one `ahead` before
         link = 0
-        for i, parcel in enumerate(queue):
-            need = bisect_left(self._backward, (parcel.need, ""))
-            wanted = bisect_right(times, max(min(starts[i], self.clock[parcel.need[0]] + shift), free[0]) - shift) - 1
+        for parcel, start, take in zip(queue, starts, takes, strict=True):
+            moved, need, due = parcel.moved, parcel.place, self.clock[parcel.need[0]] + shift
+            wanted = bisect_right(times, max(min(start, due), free[0]) - shift) - 1
             first = max(last, min(wanted, need))
             k = need
             # at the position of the need itself nothing can come earlier
-            while k > first and room[k - 1] >= parcel.moved:
+            while k > first and room[k - 1] >= moved:
                 k -= 1
-            for j in range(k, need):
-                room[j] -= parcel.moved
+                room[k] -= moved
             last = k
             if k < need:
                 found[parcel.item.storage] = self._backward[k]
-            begin = max(link, times[min(k, n - 1)] + shift)
-            link = begin + takes[i]
-            waits = max(0, link - (self.clock[parcel.need[0]] + shift))
+            link = max(link, times[min(k, n - 1)] + shift) + take
+            waits = max(0, link - due)
             stalls[parcel.item.storage] = stalls.get(parcel.item.storage, 0) + waits
             shift += waits
             free.append(link)

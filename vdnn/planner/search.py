@@ -22,9 +22,6 @@ from vdnn.planner.bound import pieces, time_bound
 from vdnn.planner.schedule import Parcel, Schedule, Step
 from vdnn.policies import Options
 from vdnn.policies.candidates import survey
-from vdnn.sim.allocator_step import step_memory
-from vdnn.sim.run import run
-from vdnn.sim.workspaces import with_libraries
 from vdnn.values.hardware import Hardware
 from vdnn.values.trace import Trace
 
@@ -118,12 +115,19 @@ class Search:
         self, dropped: frozenset[int], parcels: Sequence[Parcel], target: int, ahead: int = 1, prefetch: bool = True
     ) -> Found:
         """Schedule and simulate."""
+        return self._timed(*self._scheduled(dropped, parcels, target, ahead, prefetch))
+
+    def _scheduled(
+        self, dropped: frozenset[int], parcels: Sequence[Parcel], target: int, ahead: int, prefetch: bool = True
+    ) -> tuple[Found, Step]:
+        """Its memory is known, its time is not."""
         step, _ = self.step(dropped)
         self.work += 2 * len(step.trace.ops)
         schedule = step.schedule(parcels, target, ahead, prefetch)
-        most = step.peak_bytes(schedule.moves)
-        time = run(step.trace, schedule.moves, step.op_ns, self.hardware).total_ns
-        return Found(dropped, tuple(parcels), schedule, time, most, target, ahead)
+        return Found(dropped, tuple(parcels), schedule, -1, step.peak_bytes(schedule.moves), target, ahead), step
+
+    def _timed(self, found: Found, step: Step) -> Found:
+        return replace(found, time_ns=step.time_ns(found.schedule.moves))
 
     def fits(self, found: Found, budget: int) -> bool:
         """Whether it fits, as the allocator's model has it."""
@@ -132,23 +136,20 @@ class Search:
         if self.trace.device == "cpu":
             return True
         self.work += 4 * len(self.trace.ops)
-        step = with_libraries(self.step(found.dropped)[0].trace, self.hardware)
-        return step_memory(step, found.schedule.moves, budget).fits
+        return self.step(found.dropped)[0].fits(found.schedule.moves, budget)
 
     def fewest(self, dropped: frozenset[int], ordered: Sequence[Parcel], target: int, ahead: int) -> Found:
         """The shortest head of the list with which the step meets the target, if that were monotone; else all."""
         low, high = -1, len(ordered)
-        best = self.judge(dropped, ordered, target, ahead)
-        if best.requested_bytes > target:
-            return best
-        while high - low > 1:
+        best, step = self._scheduled(dropped, ordered, target, ahead)
+        while high - low > 1 and best.requested_bytes <= target:
             middle = (low + high) // 2
-            tried = self.judge(dropped, ordered[:middle], target, ahead)
+            tried, _ = self._scheduled(dropped, ordered[:middle], target, ahead)
             if tried.requested_bytes <= target:
                 high, best = middle, tried
             else:
                 low = middle
-        return best
+        return self._timed(best, step)
 
     # -- seeds -------------------------------------------------------------------------------------
 

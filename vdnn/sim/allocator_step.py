@@ -27,7 +27,7 @@ from vdnn.sim.first_step import first_step, later_step
 from vdnn.sim.program import FETCH, RELEASE, actions
 from vdnn.values.trace import Trace
 
-__all__ = ["Script", "StepMemory", "step_memory"]
+__all__ = ["Script", "StepMemory", "fits", "step_memory"]
 
 SIDE = 1  # the stream that a hook of torchtune makes its buffers on
 
@@ -153,6 +153,16 @@ def step_memory(
         failure,
         allocator,
     )
+
+
+def fits(trace: Trace, moves: Sequence[Move], capacity: int) -> bool:
+    """Whether `step_memory` says so, for who need not know what a step that does not fit would take."""
+    script = Script.of(trace, moves)
+    try:
+        _play((first_step(trace, script), later_step(trace, script)), script, CachingAllocator(AddressSpace(capacity)))
+    except _Failed:
+        return False
+    return True
 
 
 class _Failed(Exception):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from vdnn.analysis.moments import Moment, Move
+from vdnn.analysis.moments import Move
 
 __all__ = ["ARRIVE", "FETCH", "OUT", "RELEASE", "WAIT", "Action", "actions"]
 
@@ -32,16 +32,15 @@ class Action(NamedTuple):
 def actions(moves: Sequence[Move]) -> list[Action]:
     """Every action of the moves, in program order."""
     found = []
-
-    def put(moment: Moment | None, kind: int, rank: int, move: int) -> None:
-        if moment is not None:
-            found.append(Action(moment[0], moment[1], rank, moves[move].entry, move, kind))
-
     for i, move in enumerate(moves):
-        put(move.out, OUT, _RANK[OUT], i)
-        put(move.release, RELEASE, _RANK[RELEASE], i)
-        put(move.fetch, FETCH, 0 if move.on_demand else _RANK[FETCH], i)
-        put(move.wait, ARRIVE, _RANK[ARRIVE], i)
-        put(move.need, WAIT, _RANK[WAIT], i)
+        entry = move.entry
+        found.append(Action(*move.out, _RANK[OUT], entry, i, OUT))
+        found.append(Action(*move.release, _RANK[RELEASE], entry, i, RELEASE))
+        if move.fetch is not None:
+            found.append(Action(*move.fetch, 0 if move.on_demand else _RANK[FETCH], entry, i, FETCH))
+        if move.wait is not None:
+            found.append(Action(*move.wait, _RANK[ARRIVE], entry, i, ARRIVE))
+        if move.need is not None:
+            found.append(Action(*move.need, _RANK[WAIT], entry, i, WAIT))
     found.sort()
     return found

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from vdnn.analysis.dataparallel import Bucket
 from vdnn.analysis.moments import Move
@@ -31,9 +32,10 @@ from vdnn.sim.recorder import Cause, Recorder
 from vdnn.values.hardware import Hardware
 from vdnn.values.trace import Trace
 
-__all__ = ["Run", "clock", "run"]
+__all__ = ["Pace", "Run", "clock", "run"]
 
 _MARK, _REDUCE, _ACTION, _SUMMED = range(4)  # what comes first at one position
+_NEVER = -(1 << 62)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,28 @@ class Run:
     communication_ns: int = 0
 
 
+class Pace:
+    """A step's ops as sums: where nothing stands between them, a stretch of ops takes one addition, not one each.
+
+    Compute ends the ops from a to b when it would if it never waited for the host, or when it would if it started the
+    op that it waited for last as soon as that was issued: the later of `now + work` and the largest of the others.
+    """
+
+    __slots__ = ("issued", "lead", "work")
+
+    def __init__(self, op_ns: Sequence[int], host_ns: Sequence[int]) -> None:
+        self.work = list(accumulate(op_ns, initial=0))
+        self.issued = list(accumulate(host_ns, initial=0))
+        # of each op: when the host has issued it, less the work before it; a view starts no kernel that could wait
+        issued = self.issued[1:]
+        self.lead = [i - w if ns else _NEVER for i, w, ns in zip(issued, self.work, op_ns, strict=False)]
+
+    def after(self, first: int, end: int, now: int, host: int) -> int:
+        """When compute has done the ops from `first` to `end`, with `now` and `host` before the first."""
+        late = host - self.issued[first] + max(self.lead[first:end])
+        return self.work[end] + max(now - self.work[first], late)
+
+
 def run(
     trace: Trace,
     moves: Sequence[Move],
@@ -61,13 +85,16 @@ def run(
     buckets: Sequence[Bucket] = (),
     ring: Ring | None = None,
     host_ns: Sequence[int] | None = None,
+    pace: Pace | None = None,
 ) -> Run:
     """Simulate one step, with the buckets that a ring sums; a recorder hears of every span, stall and memory event.
 
-    `op_ns` is each op's time on the device, `host_ns` what the host takes to issue it (by default `host_times`).
+    `op_ns` is each op's time on the device, `host_ns` what the host takes to issue it (by default `host_times`), and
+    `pace` the sums of both, for who runs one step many times.
     """
     launch = hardware.launch_ns
-    issue = host_ns if host_ns is not None else host_times(trace, hardware)
+    pace = pace or Pace(op_ns, host_times(trace, hardware) if host_ns is None else host_ns)
+    issued, work = pace.issued, pace.work
     first = 2 * len(moves)  # copy 2·i takes move i out, 2·i + 1 brings it back; then come the all-reduces
     copies = CopyStreams(hardware, first + len(buckets), ring)
     program = actions(moves)
@@ -84,19 +111,16 @@ def run(
     for position, stop, number in stops:
         if recorder is not None:
             for op in range(here, position):
-                begin, host = now, host + issue[op]
+                begin, asked, host = now, host, host + issued[op + 1] - issued[op]
                 now = max(now, host) if op_ns[op] else now
                 idle += now - begin
-                recorder.op(op, host - issue[op], host, begin, now, now + op_ns[op])
+                recorder.op(op, asked, host, begin, now, now + op_ns[op])
                 now += op_ns[op]
-        else:
-            for duration, issued in zip(op_ns[here:position], issue[here:position], strict=True):
-                host += issued
-                if duration:
-                    if host > now:
-                        idle += host - now
-                        now = host
-                    now += duration
+        elif here < position:
+            begin = now
+            now = pace.after(here, position, now, host)
+            idle += now - begin - (work[position] - work[here])
+            host += issued[position] - issued[here]
         here = position
         if stop == _MARK:
             if position in marks:
