@@ -22,6 +22,7 @@ from vdnn.errors import UsageError
 from vdnn.experiment.cpu import Cpu, CpuModel, files_of, machine_file, measure_machine, run_model
 from vdnn.experiment.frontier import Frontier, frontier_of
 from vdnn.experiment.spec import Experiment, NodeSweep, Sweep
+from vdnn.experiment.study import Model
 from vdnn.policies import model_options
 from vdnn.reporting import provenance
 from vdnn.reproduction import NETWORKS, numbers_of
@@ -114,9 +115,7 @@ def _keep(path: Path, data: dict[str, Any]) -> None:
     part.replace(path)
 
 
-def _frontier(
-    frontier: Frontier, model: tuple[str, int, tuple[tuple[str, Any], ...]], gpu: str, path: Path
-) -> Callable[[Callable[[str], None]], None]:
+def _frontier(frontier: Frontier, model: Model, gpu: str, path: Path) -> Callable[[Callable[[str], None]], None]:
     def work(progress: Callable[[str], None]) -> None:
         name, batch, options = model
         progress(f"capture {name}")
@@ -154,9 +153,7 @@ def _network(name: str, path: Path) -> Callable[[Callable[[str], None]], None]:
     return work
 
 
-def _sweep(
-    sweep: Sweep, model: tuple[str, int, tuple[tuple[str, Any], ...]], precision: str, path: Path
-) -> Callable[[Callable[[str], None]], None]:
+def _sweep(sweep: Sweep, model: Model, precision: str, path: Path) -> Callable[[Callable[[str], None]], None]:
     def work(progress: Callable[[str], None]) -> None:
         name, batch, options = model
         progress(f"capture {name} {precision}")
@@ -193,9 +190,7 @@ def _sweep(
     return work
 
 
-def _node(
-    nodes: NodeSweep, model: tuple[str, int, tuple[tuple[str, Any], ...]], gpu: str, path: Path
-) -> Callable[[Callable[[str], None]], None]:
+def _node(nodes: NodeSweep, model: Model, gpu: str, path: Path) -> Callable[[Callable[[str], None]], None]:
     def work(progress: Callable[[str], None]) -> None:
         name, batch, options = model
         alone_ns = 0

@@ -17,6 +17,7 @@ from typing import Any
 
 from vdnn.costs import times_with
 from vdnn.errors import FormatError, InfeasibleError, UsageError
+from vdnn.experiment.study import STUDY, Model, Study, made_of
 from vdnn.planner import BUDGETED, best_plan, budgeted_plan, least_memory, least_plan, time_bound
 from vdnn.policies import Options, decide, find
 from vdnn.policies import model_options as options_of
@@ -28,40 +29,25 @@ __all__ = ["FRONTIER", "Frontier", "frontier_of", "read_frontier"]
 _UNBOUNDED = 1 << 60
 # The keys of its table in an experiment: type, default (... where there is none).
 FRONTIER: dict[str, tuple[Any, Any]] = {
-    "title": (str, ...),
-    "text": (str, ""),
-    "file": (str, ...),
-    "caption": (str, ""),
-    "models": (list, ...),
-    "gpus": (list, ...),
+    **STUDY,
     "precision": (str, "amp"),
     "policies": (list, ...),
-    "optimizer": (str, "none"),
     "percents": (list, ...),
     "shown": (list, []),
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Frontier:
+class Frontier(Study):
     """Plans for budgets beside the policies: `percents` are of the way from the least budget to the step's own."""
 
-    title: str
-    text: str
-    file: str
-    caption: str
-    models: tuple[tuple[str, int, tuple[tuple[str, Any], ...]], ...]
-    gpus: tuple[str, ...]
     precision: str
     policies: tuple[str, ...]
-    optimizer: str
     percents: tuple[int, ...]
     shown: tuple[str, ...]
 
 
-def read_frontier(
-    read: dict[str, Any], models: tuple[tuple[str, int, tuple[tuple[str, Any], ...]], ...], where: str
-) -> Frontier:
+def read_frontier(read: dict[str, Any], models: tuple[Model, ...], where: str) -> Frontier:
     """A frontier from its table, whose keys and models were checked.
 
     Raises:
@@ -72,8 +58,7 @@ def read_frontier(
         find(str(policy))
     if not all(percent in range(101) for percent in read["percents"]):
         raise FormatError(f"{where}: percents is {read['percents']!r}, it must hold numbers from 0 to 100")
-    tuples: dict[str, Any] = {name: tuple(read[name]) for name in ("gpus", "policies", "percents", "shown")}
-    return Frontier(**{**read, **tuples, "models": models})
+    return made_of(Frontier, read, models)
 
 
 def frontier_of(

@@ -36,6 +36,7 @@ from typing import Any, Literal
 from vdnn.errors import FormatError, UsageError, unknown_name
 from vdnn.experiment.cpu import CPU_KEYS, Cpu, read_cpu
 from vdnn.experiment.frontier import FRONTIER, Frontier, read_frontier
+from vdnn.experiment.study import STUDY, Model, Study, made_of
 from vdnn.policies import Options, find, must_run
 from vdnn.reporting import result_row
 from vdnn.units import parse_size
@@ -107,34 +108,20 @@ class Figure:
 
 
 @dataclass(frozen=True, slots=True)
-class Sweep:
+class Sweep(Study):
     """Slowdown against the link's bandwidth: one row a model, a panel a GPU; options of a model by its name."""
 
-    title: str
-    text: str
-    file: str
-    caption: str
-    models: tuple[tuple[str, int, tuple[tuple[str, Any], ...]], ...]
-    gpus: tuple[str, ...]
     precisions: tuple[str, ...]
     policy: str
-    optimizer: str
     links: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class NodeSweep:
+class NodeSweep(Study):
     """Slowdown against the number of GPUs on one link, in a node of `ranks` GPUs: a line a policy, a panel a model."""
 
-    title: str
-    text: str
-    file: str
-    caption: str
-    models: tuple[tuple[str, int, tuple[tuple[str, Any], ...]], ...]
-    gpus: tuple[str, ...]
     precision: str
     policies: tuple[str, ...]
-    optimizer: str
     ranks: int
     per_link: tuple[int, ...]
     host_memory: str
@@ -197,24 +184,13 @@ _FILE: dict[str, tuple[Any, Any]] = {
     "frontier": (list, []),
 }
 _SWEEP: dict[str, tuple[Any, Any]] = {
-    "title": (str, ...),
-    "text": (str, ""),
-    "file": (str, ...),
-    "caption": (str, ""),
-    "models": (list, ...),
-    "gpus": (list, ...),
+    **STUDY,
     "precisions": (list, ["fp32"]),
     "policy": (str, "vdnn-all"),
-    "optimizer": (str, "none"),
     "links": (list, ...),
 }
 _NODE: dict[str, tuple[Any, Any]] = {
-    "title": (str, ...),
-    "text": (str, ""),
-    "file": (str, ...),
-    "caption": (str, ""),
-    "models": (list, ...),
-    "gpus": (list, ...),
+    **STUDY,
     "precision": (str, "amp"),
     "policies": (list, ...),
     "optimizer": (str, "sgd"),
@@ -356,13 +332,10 @@ def _sweep(table: Any, where: str) -> Sweep:
     models = _models(read, read["precisions"], where)
     if not all(isinstance(link, int | float) and link > 0 for link in read["links"]):
         raise FormatError(f"{where}: links is {read['links']!r}, it must hold GB/s above 0")
-    tuples: dict[str, Any] = {name: tuple(read[name]) for name in ("gpus", "precisions", "links")}
-    return Sweep(**{**read, **tuples, "models": models})
+    return made_of(Sweep, read, models)
 
 
-def _models(
-    read: dict[str, Any], precisions: Sequence[str], where: str
-) -> tuple[tuple[str, int, tuple[tuple[str, Any], ...]], ...]:
+def _models(read: dict[str, Any], precisions: Sequence[str], where: str) -> tuple[Model, ...]:
     """Models with their batches and options, checked with the GPUs beside them."""
     models = []
     for row in read["models"]:
@@ -383,8 +356,7 @@ def _node_sweep(table: Any, where: str) -> NodeSweep:
         find(str(policy))
     if not all(isinstance(count, int) for count in read["per_link"]):
         raise FormatError(f"{where}: per_link is {read['per_link']!r}, it must hold numbers of GPUs")
-    tuples: dict[str, Any] = {name: tuple(read[name]) for name in ("gpus", "policies", "per_link")}
-    made = NodeSweep(**{**read, **tuples, "models": _models(read, [read["precision"]], where)})
+    made = made_of(NodeSweep, read, _models(read, [read["precision"]], where))
     for count in made.per_link:
         made.node(count).check()
     return made
