@@ -12,20 +12,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from vdnn.costs import times_with
 from vdnn.errors import FormatError, InfeasibleError, UsageError
 from vdnn.experiment.study import STUDY, Model, Study, made_of
-from vdnn.planner import BUDGETED, best_plan, budgeted_plan, least_memory, least_plan, time_bound
+from vdnn.planner import BUDGETED, best_plan, budgeted_plan, gap_parts, least_memory, least_plan
 from vdnn.policies import Options, decide, find
 from vdnn.policies import model_options as options_of
 from vdnn.sim import simulate_step
 from vdnn.values import Hardware, Plan, Recompute, RunResult, Trace
 
-__all__ = ["FRONTIER", "Frontier", "frontier_of", "read_frontier"]
+__all__ = ["FRONTIER", "WORSE", "Frontier", "frontier_of", "read_frontier"]
 
+WORSE = 0.2  # a gap beyond this is explained
 _UNBOUNDED = 1 << 60
 # The keys of its table in an experiment: type, default (... where there is none).
 FRONTIER: dict[str, tuple[Any, Any]] = {
@@ -124,14 +124,12 @@ def frontier_of(
             "why": planned.bound.why,
             "peak_reserved_bytes": planned.result.peak_reserved_bytes,
             "peak_requested_bytes": planned.result.peak_requested_bytes,
+            "stall_ns": planned.result.stall_ns,
             "offloaded_bytes": planned.result.offloaded_bytes,
             "recomputed_bytes": sum(e.storage_bytes for e in planned.plan.entries if isinstance(e.action, Recompute)),
             "blocks": planned.trace is blocks,
             "cpu_seconds": round(seconds, 2),
-            # the bound if the plan's own requested peak were the budget: what is lost to the allocator's fragments
-            "bound_at_requested_ns": time_bound(
-                trace, machine, times_with(trace, machine, {}, ""), planned.result.peak_requested_bytes or 1
-            ).time_ns,
+            "gap": asdict(gap_parts(planned, trace, machine)) if planned.gap > WORSE else None,
             "policies": others,
         }
     return found

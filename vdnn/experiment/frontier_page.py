@@ -9,14 +9,26 @@ from statistics import median
 from typing import Any
 
 from vdnn.experiment.extra import frontier_file
-from vdnn.experiment.frontier import Frontier
+from vdnn.experiment.frontier import WORSE, Frontier
 from vdnn.reporting.sheet import Column, Sheet, as_text
 
 __all__ = ["draw_frontier"]
 
 WIDTH = 150
 _GIB = 2**30
-_WORSE = 0.2  # a gap beyond this is explained
+_PARTS = {  # of vdnn.planner.GapParts
+    "fragments_ns": "fragments",
+    "again_ns": "again",
+    "storages_ns": "storages",
+    "copies_ns": "copies",
+}
+_MEANING = (
+    "The parts are differences of bounds that know more and more of the plan, the last of them the simulated step",
+    "(`vdnn/planner/gaps.py`). *fragments*: the allocator holds more than is requested, so the plan has less than",
+    "the bound. *again*: whole modules and blocks run again, with memory of their own, where the bound computes any",
+    "storage again for its ops' time, from whatever it takes. *storages*: what is offloaded goes whole. *copies*: they",
+    "start at program points, take a latency, and are waited for.",
+)
 
 
 def draw_frontier(frontier: Frontier, folder: Path) -> list[str]:
@@ -71,7 +83,7 @@ def _summary(frontier: Frontier, data: dict[tuple[str, str], Any]) -> Sheet:
                 f"{100 * median(gaps):.1f}",
                 f"{100 * gaps[len(gaps) * 9 // 10]:.1f}",
                 f"{100 * gaps[-1]:.1f}",
-                str(sum(gap > _WORSE for gap in gaps)),
+                str(sum(gap > WORSE for gap in gaps)),
                 str(slower),
                 f"{median(faster):.2f}×" if faster else "--",
                 f"{max(b['cpu_seconds'] for b in cells):.1f}",
@@ -133,26 +145,19 @@ def _least(frontier: Frontier, data: dict[tuple[str, str], Any]) -> Sheet:
 
 
 def _worse(data: dict[tuple[str, str], Any]) -> Sequence[str]:
-    """Each gap beyond a fifth, and where it comes from."""
-    lines = []
+    """Each gap beyond a fifth, and what it is made of."""
+    rows = []
     for (name, gpu), d in data.items():
         for percent, b in d["budgets"].items():
-            gap = _gap(b)
-            if gap <= _WORSE:
-                continue
-            own = b["time_ns"] / max(b["bound_at_requested_ns"], 1) - 1
-            lost = b["budget_bytes"] - (b["peak_requested_bytes"] or 0)
-            if own < gap / 2:
-                why = f"{lost / _GIB:.2f} GiB are lost to fragments: {100 * own:.0f} % at the plan's own requested peak"
-            elif b["blocks"]:
-                why = "whole blocks are computed again, and the bound computes just what it needs for its ops' time"
-            elif b["recomputed_bytes"] < b["offloaded_bytes"]:
-                why = "few modules make again what they saved, and the bound computes anything again for its ops' time"
-            else:
-                why = f"recomputed runs need memory that the bound does not count ({100 * own:.0f} % at its own peak)"
-            lines.append(f"* {name}, {gpu}, {percent} %: gap {100 * gap:.0f} %; {why}.")
-    return (
-        [f"Gaps beyond {100 * _WORSE:.0f} %:", "", *lines, ""]
-        if lines
-        else [f"No gap is beyond {100 * _WORSE:.0f} %.", ""]
-    )
+            parts = b.get("gap")
+            if _gap(b) > WORSE:
+                shares = (
+                    [f"{100 * parts[key] / b['bound_ns']:.0f}" for key in _PARTS] if parts else ["--"] * len(_PARTS)
+                )
+                rows.append((name, gpu, f"{percent} %", f"{100 * _gap(b):.0f}", *shares))
+    if not rows:
+        return [f"No gap is beyond {100 * WORSE:.0f} %.", ""]
+    headers = ("network", "GPU", "budget", "gap %", *_PARTS.values())
+    title = f"gaps beyond {100 * WORSE:.0f} %, and their parts, in % of the bound"
+    table = Sheet(title, tuple(Column(h, i < 2) for i, h in enumerate(headers)), tuple(rows), keys=2)
+    return ["```", *as_text(table, width=WIDTH).rstrip().splitlines(), "```", "", *_MEANING, ""]

@@ -38,5 +38,6 @@ _Kind = TypeVar("_Kind", bound=Study)
 
 def made_of(kind: type[_Kind], read: dict[str, Any], models: tuple[Model, ...]) -> _Kind:
     """A study from its table, whose keys and models were checked."""
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in read.items()}
-    return kind(**{**values, "models": models})
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in read.items()}
+    values["models"] = models
+    return kind(**values)

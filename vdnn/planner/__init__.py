@@ -2,15 +2,18 @@
 
 from vdnn.planner.bound import Bound, least_memory, time_bound
 from vdnn.planner.budget import Planned, best_plan, least_plan, plan_for_budget
+from vdnn.planner.gaps import GapParts, gap_parts
 from vdnn.planner.scaling import scaled_plan
 from vdnn.planner.shrinking import BUDGETED, budgeted_plan
 
 __all__ = [
     "BUDGETED",
     "Bound",
+    "GapParts",
     "Planned",
     "best_plan",
     "budgeted_plan",
+    "gap_parts",
     "least_memory",
     "least_plan",
     "plan_for_budget",

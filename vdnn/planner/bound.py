@@ -159,6 +159,7 @@ def time_bound(
     seconds: float = 20.0,
     breakpoints: int = 0,
     groups: Sequence[Group] = (),
+    forced: bool = False,
 ) -> Bound:
     """The bound on the step's time with this much memory.
 
@@ -166,6 +167,7 @@ def time_bound(
         items: what may be away; default: everything that could (only then it is a bound for every plan).
         breakpoints: how many there may be; 0: as many as a second or two allow.
         groups: what may also come again together, for a search: no bound knows them, their ops are in the pieces.
+        forced: every one of `items` goes to the host, as a whole.
         seconds: for the solver. If they do not suffice, the bound is the step without a plan, and says so.
     """
     base = clock(trace, op_ns, hardware)
@@ -173,7 +175,7 @@ def time_bound(
     found = list(pieces(trace)) if items is None else list(items)
     if max(live, default=0) <= budget_bytes:
         return Bound(base[-1], "the step fits as it is", True, {}, {})
-    program = _Program(trace, hardware, op_ns, base, live, budget_bytes, found, breakpoints or _MOST, groups)
+    program = _Program(trace, hardware, op_ns, base, live, budget_bytes, found, breakpoints or _MOST, groups, forced)
     status, value, out, again, whole = program.solve(seconds)
     if status == 2:
         return Bound(base[-1], "no plan fits", True, {}, {})
@@ -197,6 +199,7 @@ class _Program:
         items: list[Piece],
         breakpoints: int,
         groups: Sequence[Group],
+        forced: bool,
     ) -> None:
         self.items = items
         self.groups = groups
@@ -212,7 +215,7 @@ class _Program:
         work = list(accumulate(op_ns, initial=0))
         at = self.points
         last = len(at) - 1
-        out = [self._column(0, 1) for _ in items]
+        out = [self._column(int(forced), 1) for _ in items]
         again = [self._column(0, 0 if piece.again is None else 1) for piece in items]
         whole = [self._column(0, 1) for _ in groups]
         makers: dict[int, list[int]] = {}
