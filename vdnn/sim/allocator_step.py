@@ -129,19 +129,18 @@ def step_memory(
 ) -> StepMemory:
     """Run the allocations of two steps with `capacity` bytes as the limit; and without one, if they do not fit."""
     script = Script.of(trace, moves)
-    steps = (first_step(trace, script), later_step(trace, script))
-    optional = {script.workspaces + i for i, op in enumerate(trace.ops) if op.kernel == "conv" and op.workspace_bytes}
+    steps, optional = _steps(trace, script)
     allocator = CachingAllocator(AddressSpace(capacity), options)
     failed_at, failure = None, ""
     retries = 0
     without: tuple[int, ...] = ()
     try:
-        without = _play(steps, script, optional, allocator)
+        without = _play(steps, optional, script, allocator)
         retries = allocator.num_alloc_retries
     except _Failed as failed:
         failed_at, failure = failed.position, str(failed)
         allocator = CachingAllocator(AddressSpace(), options)
-        _play(steps, script, optional, allocator)
+        _play(steps, optional, script, allocator)
     total = allocator.total
     return StepMemory(
         total.allocated_bytes_peak,
@@ -159,10 +158,19 @@ def fits(trace: Trace, moves: Sequence[Move], capacity: int) -> bool:
     """Whether `step_memory` says so, for who need not know what a step that does not fit would take."""
     script = Script.of(trace, moves)
     try:
-        _play((first_step(trace, script), later_step(trace, script)), script, CachingAllocator(AddressSpace(capacity)))
+        _play(*_steps(trace, script), script, CachingAllocator(AddressSpace(capacity)))
     except _Failed:
         return False
     return True
+
+
+_Steps = tuple[tuple[list[int], list[int]], ...]  # of each its calls and their positions
+
+
+def _steps(trace: Trace, script: Script) -> tuple[_Steps, set[int]]:
+    """Both steps, and the workspaces that they can do without."""
+    optional = {script.workspaces + i for i, op in enumerate(trace.ops) if op.kernel == "conv" and op.workspace_bytes}
+    return (first_step(trace, script), later_step(trace, script)), optional
 
 
 class _Failed(Exception):
@@ -173,9 +181,7 @@ class _Failed(Exception):
         self.position = position
 
 
-def _play(
-    steps: Sequence[tuple[list[int], list[int]]], script: Script, optional: Set[int], allocator: CachingAllocator
-) -> tuple[int, ...]:
+def _play(steps: _Steps, optional: Set[int], script: Script, allocator: CachingAllocator) -> tuple[int, ...]:
     """Make every call; the ops of the last step for whose workspace there was no room.
 
     Raises:
