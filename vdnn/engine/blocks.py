@@ -79,6 +79,7 @@ class BlockRun:
         "_before",
         "_began",
         "_kwargs",
+        "_place",
         "_rerun",
         "_rng",
         "_source",
@@ -95,7 +96,8 @@ class BlockRun:
         self._before = Before(frame.module)
         self._base: dict[int, int] = {}  # first call of each module in the block
         self._storages: dict[int, weakref.ref[BlockStorage]] = {}  # by plan entry
-        self._rng = _generators()
+        self._place = _cuda_of(frame)
+        self._rng = _generators(self._place)
         self._source: Any = None  # what the pack hook gave autograd for the block's input
         self._taken: Layout | None = None
         self._args: tuple[Any, ...] = ()
@@ -180,7 +182,7 @@ class BlockRun:
         args = (given, *tree_map_only(_Held, _Held.get, tuple(others)))
         kwargs = tree_map_only(_Held, _Held.get, self._kwargs)
         collector = _Collector(self._rerun.module, wanted)
-        with _random_as(self._rng), collector.watching(), contextlib.suppress(_Enough):
+        with _random_as(self._rng, self._place), collector.watching(), contextlib.suppress(_Enough):
             self._rerun.run(args, kwargs, grad=True)
         if wanted:
             name = type(self._rerun.module).__name__
@@ -279,26 +281,29 @@ def _never(packed: None) -> torch.Tensor:
     raise RuntimeError("the graph of a block's second run is never run backward")
 
 
-def _generators() -> list[torch.Tensor]:
+def _cuda_of(frame: Frame) -> torch.device | None:
+    """The GPU that a block computes on, which need not be the current one, now or in backward."""
+    tensors = (t for t in (*tree_leaves(frame.args), *frame.module.parameters()) if isinstance(t, torch.Tensor))
+    return next((tensor.device for tensor in tensors if tensor.is_cuda), None)
+
+
+def _generators(place: torch.device | None) -> list[torch.Tensor]:
     """The states of the random generators that a block may draw from."""
-    states = [torch.get_rng_state()]
-    if torch.cuda.is_initialized():
-        states.append(torch.cuda.get_rng_state())
-    return states
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(place)] if place is not None else [])
 
 
 @contextlib.contextmanager
-def _random_as(states: list[torch.Tensor]) -> Iterator[None]:
+def _random_as(states: list[torch.Tensor], place: torch.device | None) -> Iterator[None]:
     """The random generators in these states inside, and as they were after."""
-    now = _generators()
-    _set_generators(states)
+    now = _generators(place)
+    _set_generators(states, place)
     try:
         yield
     finally:
-        _set_generators(now)
+        _set_generators(now, place)
 
 
-def _set_generators(states: list[torch.Tensor]) -> None:
+def _set_generators(states: list[torch.Tensor], place: torch.device | None) -> None:
     torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.cuda.set_rng_state(states[1])
+    if place is not None:
+        torch.cuda.set_rng_state(states[1], place)

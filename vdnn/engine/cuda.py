@@ -7,8 +7,11 @@ compute again. The side stream therefore waits for the compute stream before it 
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from functools import partial
+from typing import SupportsInt
 
 import torch
 
@@ -16,7 +19,7 @@ from vdnn.engine.arena import Arena
 from vdnn.engine.device import Buffer, Form, HostBlock, HostUse, over
 from vdnn.engine.hostlimit import default_host_budget
 from vdnn.engine.hostpool import HostPool
-from vdnn.errors import UsageError
+from vdnn.errors import EngineError, UsageError
 
 __all__ = ["CudaDevice"]
 
@@ -49,6 +52,13 @@ class CudaDevice:
         budget = default_host_budget() if host_budget_bytes is None else host_budget_bytes
         # not a bound method: the pool would hold the device, which holds the pool, and the memory would stay pinned
         self._pool = HostPool(partial(_pin, self.torch_device), budget)
+
+    def check_open(self) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            raise EngineError(
+                "a wrapped model was called while a CUDA graph is captured: its copies wait for those of the step "
+                "before, which are not in the graph. Capture the model without offload (vdnn.unwrap)"
+            )
 
     def holds(self, tensor: torch.Tensor) -> bool:
         return tensor.device == self.torch_device
@@ -135,8 +145,22 @@ class CudaDevice:
 
 def _pin(device: torch.device, data: torch.Tensor) -> _Pin | None:
     """Page-lock the tensor's memory in place, for as long as the pin lives; None if the driver refuses."""
-    failed = int(torch.cuda.cudart().cudaHostRegister(data.data_ptr(), data.numel(), 0))
-    return None if failed else _Pin(data, device)
+    with torch.cuda.device(device):  # else the runtime makes a context on whatever device is current
+        pinned = _succeeded(torch.cuda.cudart().cudaHostRegister(data.data_ptr(), data.numel(), 0))
+    return _Pin(data, device) if pinned else None
+
+
+def _succeeded(status: SupportsInt) -> bool:
+    """Whether a call of the CUDA runtime did.
+
+    A refusal stays the thread's last error until somebody takes it, and torch takes it at its next launch of a kernel,
+    whose failure it then seems to be. So a kernel that does nothing is launched here.
+    """
+    if int(status) == 0:
+        return True
+    with contextlib.suppress(RuntimeError):
+        torch.cuda._sleep(1)
+    return False
 
 
 class _Pin:
@@ -145,9 +169,12 @@ class _Pin:
     def __init__(self, data: torch.Tensor, device: torch.device) -> None:
         self._data = data
         self._device = device
+        self._process = os.getpid()
 
     def __del__(self) -> None:
-        if sys.is_finalizing():
-            return  # the driver unpins by itself when the process ends
-        torch.cuda.synchronize(self._device)
-        torch.cuda.cudart().cudaHostUnregister(self._data.data_ptr())
+        if sys.is_finalizing() or os.getpid() != self._process:
+            return  # the driver unpins by itself when the process ends; in a forked one nothing is pinned
+        with torch.cuda.device(self._device):
+            with contextlib.suppress(RuntimeError):  # of a device that has failed nothing is on its way
+                torch.cuda.synchronize(self._device)
+            _succeeded(torch.cuda.cudart().cudaHostUnregister(self._data.data_ptr()))

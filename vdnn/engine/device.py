@@ -148,6 +148,13 @@ class Device(Protocol):
     def prefetch_stream(self) -> Stream:
         """The stream that carries copies back."""
 
+    def check_open(self) -> None:
+        """See that a pass may begin.
+
+        Raises:
+            EngineError: copies cannot be issued now.
+        """
+
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor lives in this device's memory."""
 

@@ -1,13 +1,18 @@
 """Host memory for offloaded storages: taken once, reused step after step.
 
 torch rounds a pinned block up to a power of two (up to twice the bytes). The pool takes slabs of plain
-memory in exact sizes (whole pages) and has the device pin them (`cudaHostRegister`), so bytes pinned are
+memory in exact sizes (whole pages of their own) and has the device pin them (`cudaHostRegister`), so bytes pinned are
 bytes used. What a plan moves lies in one slab (`arena`); any other block is a slab of its own. Free blocks are kept by
 size; a step that repeats itself takes the same blocks again, and no memory is pinned after the first step.
+
+A slab comes from the system, not from malloc: its pages are shared with nothing else (the driver may refuse a page
+that is pinned already), and where they are pinned a forked process, a data loader's worker, does not get them: Linux
+(since 5.9) copies every pinned page of a process that forks, for each worker.
 """
 
 from __future__ import annotations
 
+import mmap
 import threading
 import warnings
 from collections import deque
@@ -134,8 +139,8 @@ class HostPool:
                 return None
         try:
             with _disable_current_modes():  # host memory is not the device's: no account may see it
-                data = torch.empty(size, dtype=torch.uint8, device="cpu")  # whatever the default device is
-        except (MemoryError, RuntimeError) as error:  # torch's own allocator raises the latter
+                data = torch.frombuffer(_mapped(size, self._pin is not None), dtype=torch.uint8)
+        except (MemoryError, OSError, ValueError, OverflowError) as error:
             self._warn(
                 f"the host has no room for {format_bytes(size)} more ({format_bytes(self.reserved_bytes)} are "
                 f"reserved; {str(error).splitlines()[0]}): they stay on the device; give a smaller host budget"
@@ -155,6 +160,14 @@ class HostPool:
         if kind not in self._warned:
             self._warned.add(kind)
             warnings.warn(text, stacklevel=5)
+
+
+def _mapped(size: int, alone: bool) -> mmap.mmap:
+    """New memory, which goes back to the system with the object; `alone`: a process that is forked has none of it."""
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if alone and hasattr(mmap, "MADV_DONTFORK"):
+        memory.madvise(mmap.MADV_DONTFORK)
+    return memory
 
 
 def _pages(nbytes: int) -> int:

@@ -58,7 +58,12 @@ class Offloader:
     # -- passes and module calls -------------------------------------------------------------------
 
     def begin(self, schedule: Schedule, fixed: set[int]) -> None:
-        """Start a pass. `fixed` are the storages of parameters and buffers."""
+        """Start a pass. `fixed` are the storages of parameters and buffers.
+
+        Raises:
+            EngineError: the device cannot copy now.
+        """
+        self.device.check_open()
         self.current = here = Pass(schedule, self._lay_out(schedule))
         self.fixed = fixed
         self._run(here.outside)

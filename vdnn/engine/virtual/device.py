@@ -130,6 +130,9 @@ class VirtualDevice:
             self.copied_back_bytes * 10**9 // self.h2d_bytes_per_s,
         )
 
+    def check_open(self) -> None:
+        pass  # no graph is captured here
+
     # -- streams -----------------------------------------------------------------------------------
 
     @contextlib.contextmanager
