@@ -12,6 +12,7 @@ virtual device does): only that every line runs, and that no call is one that to
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.cuda import streams as real
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 __all__ = ["Driver", "Event", "Stream", "pretended_cuda"]
 
@@ -52,7 +53,12 @@ class Driver:
         self.history: dict[str, Any] | None = None
         self.snapshot: dict[str, Any] = {"segments": [], "device_traces": [[]]}
         self.properties = SimpleNamespace(
-            name=name, total_memory=memory_bytes, major=9, minor=0, multi_processor_count=132
+            name=name,
+            total_memory=memory_bytes,
+            major=9,
+            minor=0,
+            multi_processor_count=132,
+            L2_cache_size=60 * 2**20,
         )
         self.generators = tuple(torch.Generator() for _ in range(devices))
 
@@ -66,6 +72,10 @@ class Driver:
         """The host waits for the device, in a way that torch reports."""
         if self.sync_mode == 2:
             raise RuntimeError("called a synchronizing CUDA operation")
+
+    def record_stream(self, tensor: Tensor, s: Stream) -> None:
+        assert isinstance(s, Stream)
+        self.recorded_streams.append(s.stream_id)
 
     # -- what torch._C has, by its names -----------------------------------------------------------
 
@@ -156,6 +166,10 @@ class Stream(torch.Stream):
             kwargs["device_index"] = torch.cuda._utils._get_device_index(device, optional=True)
         return super().__new__(cls, **kwargs)
 
+    @property
+    def cuda_stream(self) -> int:
+        return int(self.stream_id)
+
     def record_event(self, event: Event | None = None) -> Event:
         event = Event() if event is None else event
         event.record(self)
@@ -197,8 +211,10 @@ class Event:
         _driver().waits()
 
     def elapsed_time(self, end_event: Event) -> float:
-        assert self._timing and end_event._timing, "an event without timing"
-        assert self._at is not None and end_event._at is not None, "an event that was not recorded"
+        assert self._timing
+        assert end_event._timing
+        assert self._at is not None
+        assert end_event._at is not None
         return (end_event._at - self._at) * 1e3
 
 
@@ -219,7 +235,6 @@ class _Tensors(TorchFunctionMode):
             Tensor.pin_memory: lambda t: _on_host(t.clone()),
             Tensor.is_pinned: lambda t: _device_of(t).type == "cpu",
             Tensor.copy_: self._copy,
-            Tensor.record_stream: self._record_stream,
             Tensor.item: self._read,
             Tensor.tolist: self._read,
         }
@@ -264,10 +279,6 @@ class _Tensors(TorchFunctionMode):
                 self._driver.waits()
         return target.copy_(source)
 
-    def _record_stream(self, tensor: Tensor, s: Stream) -> None:
-        assert isinstance(s, Stream)
-        self._driver.recorded_streams.append(s.stream_id)
-
     def _read(self, tensor: Tensor, *args: Any, what: Any) -> Any:
         if _device_of(tensor).type == "cuda":
             self._driver.waits()
@@ -294,6 +305,8 @@ def _inside(mode: _Tensors, hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """A hook that autograd calls from inside an op, where torch has taken the op's mode off."""
 
     def called(value: Any) -> Any:
+        if mode in _get_current_function_mode_stack():  # a hook inside a hook
+            return hook(value)
         with mode:
             return hook(value)
 
@@ -334,6 +347,7 @@ def pretended_cuda(name: str = "NVIDIA H200", memory_bytes: int = 150 * 10**9, d
             put(owner, "Event", Event)
         frombuffer = torch.frombuffer  # which no mode sees
         put(torch, "frombuffer", lambda *args, **kwargs: _on_host(frombuffer(*args, **kwargs)))
+        put(Tensor, "record_stream", lambda tensor, s: driver.record_stream(tensor, s))  # comes from destructors, too
         mode, hooks = _Tensors(driver), torch.autograd.graph.saved_tensors_hooks
         begin = hooks.__init__
         put(hooks, "__init__", lambda self, pack, unpack: begin(self, _inside(mode, pack), _inside(mode, unpack)))
@@ -341,4 +355,5 @@ def pretended_cuda(name: str = "NVIDIA H200", memory_bytes: int = 150 * 10**9, d
         try:
             yield driver
         finally:
+            gc.collect()  # what is pinned goes while the driver is there
             _DRIVERS.remove(driver)

@@ -4,17 +4,20 @@
     python experiments/gpu/check.py -o results/gpu --part compared --model vit    one part, one network
     python experiments/gpu/check.py -o /tmp/gpu --virtual                the same path on a CPU, small, no timings
 
-Started from the source tree. Each part writes PART.json into the folder (with `--model`, PART-MODEL.json). Parts run
-in the order of what they tell; a part that fails is recorded with its error, and the others go on; a part that would
-start after the time is up is recorded as not run. Peers (torchtune, trl, deepspeed) are compared where they can be
-imported: README.md beside this file.
+Started from the source tree. Each part writes PART.json into the folder (with `--model`, PART-MODEL.json), with the
+name of the card, and after each row what it has so far. Parts run in the order of what they tell, each in a process of
+its own; a part that fails or crashes is recorded with its error, and the others go on; a part that would start after
+the time is up is recorded as not run. Peers (torchtune, trl, deepspeed) are compared where they can be imported:
+README.md beside this file.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -31,7 +34,7 @@ import vdnn
 from experiments.gpu.parts import PARTS
 from experiments.gpu.session import ROOT, Session
 
-SECONDS = 420  # a call may take 480; what runs when this is over must still end
+SECONDS, LAST_SECONDS = 420, 50  # a call may take 480: nothing starts after the first, and the last ends what runs
 
 
 def provenance(virtual: bool) -> dict[str, Any]:
@@ -43,6 +46,7 @@ def provenance(virtual: bool) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "gpu": "virtual" if virtual else torch.cuda.get_device_name(),
+        "gpu_memory_bytes": 0 if virtual else torch.cuda.get_device_properties().total_memory,
         "source": "measured",
     }
 
@@ -83,29 +87,68 @@ def main(arguments: list[str] | None = None) -> int:
     if not session.workloads:
         print(f"no network has {' or '.join(given.model)} in its name", file=sys.stderr)
         return 2
-    origin, failed = provenance(given.virtual), False
-    for name, part in PARTS.items():
-        # the link's bandwidth is what the other parts' predictions and bounds stand on
-        if given.part and name not in given.part and not (name == "link" and "compared" in given.part):
-            continue
-        begin = time.perf_counter()
-        found: dict[str, Any] = {"provenance": origin}
-        if session.over():
-            found["not_run"] = f"the {given.seconds:.0f} s were over"
-        else:
-            try:
-                found["result"] = part(session)
-            except Exception as error:
-                failed = True
-                found |= {"error": f"{type(error).__name__}: {error}", "where": traceback.format_exc(limit=-4)}
-        found["seconds"] = round(time.perf_counter() - begin, 1)
-        label = "-".join([name, *given.model])
-        (given.output / f"{label}.json").write_text(json.dumps(found, indent=1) + "\n")
-        verdict = found.get("error") or found.get("not_run") or "done"
-        print(f"{name}: {found['seconds']} s, {verdict}", file=sys.stderr)
-        if name == "compared" and "result" in found:
-            print(table(found["result"]))
-    return 1 if failed else 0
+    parts = [name for name in PARTS if not given.part or name in given.part]
+    if len(parts) == 1:
+        return run_part(parts[0], session, given.model)
+    codes = [_in_process(name, session, given) for name in parts]
+    return 1 if any(codes) else 0
+
+
+def _path(folder: Path, name: str, models: list[str]) -> Path:
+    return folder / f"{'-'.join([name, *models])}.json"
+
+
+def _write(path: Path, found: dict[str, Any]) -> None:
+    path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def run_part(name: str, session: Session, models: list[str]) -> int:
+    """Run one part and write what it found, in between, too."""
+    path, begin = _path(session.folder, name, models), time.perf_counter()
+    found: dict[str, Any] = {"provenance": provenance(session.virtual)}
+    session.keep = lambda result: _write(path, {**found, "unfinished": True, "result": result})
+    if session.over():
+        found["not_run"] = "the time was up"
+    else:
+        session.keep(None)
+        try:
+            found["result"] = PARTS[name](session)
+        except Exception as error:
+            found |= {"error": f"{type(error).__name__}: {error}", "where": traceback.format_exc(limit=-4)}
+            if kept := json.loads(path.read_text())["result"]:
+                found["result"] = kept
+    found["seconds"] = round(time.perf_counter() - begin, 1)
+    _write(path, found)
+    verdict = found.get("error") or found.get("not_run") or "done"
+    print(f"{name}: {found['seconds']} s, {verdict}", file=sys.stderr)
+    if name == "compared" and "result" in found:
+        print(table(found["result"]))
+    return 1 if "error" in found else 0
+
+
+def _in_process(name: str, session: Session, given: argparse.Namespace) -> int:
+    """Run one part in a process of its own: an error of CUDA's, or a crash, takes the whole process with it."""
+    path, left = _path(session.folder, name, given.model), max(0.0, session.left_s())
+    path.unlink(missing_ok=True)
+    if session.over():
+        return run_part(name, session, given.model)
+    command = [sys.executable, __file__, "-o", str(session.folder), "--part", name, "--seconds", f"{left:.0f}"]
+    command += [word for model in given.model for word in ("--model", model)]
+    process = subprocess.Popen([*command, *(["--virtual"] if session.virtual else [])], start_new_session=True)
+    try:
+        code = process.wait(left + LAST_SECONDS)
+    except subprocess.TimeoutExpired:
+        code = -signal.SIGKILL
+    finally:  # with what it started
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    if code not in (0, 1):
+        found = json.loads(path.read_text()) if path.exists() else {"provenance": provenance(session.virtual)}
+        ended = f"its process ended with {code} (a signal, if negative; {-signal.SIGKILL}: it took too long)"
+        _write(path, {**found, "error": ended})
+        print(f"{name}: {ended}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ A package that is missing, or a model that it does not take, raises `NotHere` wi
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -19,15 +21,26 @@ import torch._functorch.config
 from torch.utils.checkpoint import checkpoint
 
 import vdnn
-from experiments.gpu.workloads import Setup
+from experiments.gpu.workloads import SMALL, Setup
 from vdnn.checkpointing import blocks_of
 
-__all__ = ["METHODS", "OURS", "Around", "NotHere", "engine_device"]
+__all__ = ["METHODS", "OURS", "Around", "NotHere", "engine_device", "moved"]
 
 Around = Callable[[], AbstractContextManager[Any]]
 Method = Callable[[Setup], AbstractContextManager[Around]]
 
 OURS = ("vdnn-conv", "vdnn-all", "checkpoint", "checkpoint-offload")
+
+
+def moved(setup: Setup) -> dict[str, int]:
+    """What one pass of ours moved and dropped."""
+    report = vdnn.report(setup.model)
+    passes = max(report.passes, 1)
+    return {
+        "offloaded_bytes": report.offloaded_bytes // passes,
+        "returned_bytes": report.returned_bytes // passes,
+        "dropped_bytes": report.dropped_bytes // passes,
+    }
 
 
 class NotHere(Exception):
@@ -47,8 +60,8 @@ def nothing(setup: Setup) -> Iterator[Around]:
 def _policy(setup: Setup, policy: str) -> Iterator[Around]:
     if policy.startswith("checkpoint") and not blocks_of(setup.model):
         raise NotHere("no repeated blocks in this model")
-    # the small networks of a CPU have no large tensors
-    options = {} if setup.device.type == "cuda" else {"min_bytes": 1024}
+    # small networks have no large tensors: on a GPU, too, nothing of them would move
+    options = {"min_bytes": 1024} if setup.workload in SMALL else {}
     vdnn.wrap(setup.model, policy=policy, device=engine_device(setup), optimizer="sgd", **options)
     try:
         yield nullcontext
@@ -117,6 +130,8 @@ def deepspeed(setup: Setup) -> Iterator[Around]:
 @contextlib.contextmanager
 def _compiled(setup: Setup, **config: Any) -> Iterator[Around]:
     """`torch.compile` under settings of AOTAutograd; they must hold while the first step compiles."""
+    if "CC" not in os.environ and not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        raise NotHere("no C compiler here, and what torch.compile makes needs one")
     torch._dynamo.reset()
     plain = setup.model
     with torch._functorch.config.patch(**config):

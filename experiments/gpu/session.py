@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,13 +21,22 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Session:
-    """Args: folder: where files go; seconds: nothing new is started after them; only: names of the workloads to run."""
+    """What one call of the script has.
+
+    `keep` is given a part's result as far as it is there, so that it is in its file if the process ends.
+
+    Args:
+        folder: where files go.
+        seconds: nothing new is started after them.
+        only: names of the workloads to run.
+    """
 
     def __init__(self, virtual: bool, folder: Path, seconds: float, only: Sequence[str] = ()) -> None:
         self.virtual = virtual
         self.device = torch.device("cpu" if virtual else "cuda")
         self.folder = folder
         self.link: dict[str, int] = {}
+        self.keep: Callable[[Any], None] = lambda result: None
         given = SMALL if virtual else WORKLOADS
         self.workloads: tuple[Workload, ...] = tuple(
             w for w in given if not only or any(part in w.name for part in only)
@@ -43,7 +53,7 @@ class Session:
         """The preset of this GPU, with its link as it was measured; the H200's where no GPU is."""
         machine = hardware("h200")
         if not self.virtual:
-            name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
+            name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties().total_memory
             found = recognised(name, memory)
             if found is None:
                 raise UsageError(f"no preset for {name}: predictions need one (vdnn/values/presets)")

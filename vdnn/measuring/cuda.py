@@ -20,13 +20,18 @@ __all__ = ["measure_cuda"]
 
 ROUNDS = 5
 LINK_BYTES = 2**28
+DRAM_BYTES = 2**30
+PRODUCT = 8192  # rows and columns
+CONVOLUTION = (64, 256, 56)  # images, channels, pixels a side
+BUSY_CYCLES = 200_000_000  # 0.1 s, in which the host gets ahead
 DTYPES = ("float32", "tf32", "float16", "bfloat16")
 
 
 def measure_cuda(index: int = 0, tell: Callable[[str], None] = lambda what: None) -> Hardware:
     """Measure CUDA device `index`; nothing else should run on it meanwhile. `tell` hears of each part as it begins."""
     with torch.cuda.device(index), torch.no_grad():
-        memory = torch.cuda.get_device_properties(index).total_memory
+        properties = torch.cuda.get_device_properties(index)
+        memory = properties.total_memory
         name = torch.cuda.get_device_name(index)
         tell(f"measuring CUDA device {index}: {name}; it takes under a minute if nothing else runs")
         tell("pinned copies over the link")
@@ -39,7 +44,8 @@ def measure_cuda(index: int = 0, tell: Callable[[str], None] = lambda what: None
         tell("convolutions")
         convolutions = {dtype: rate for dtype in DTYPES if (rate := _convolution(dtype))}
     how = f"measured on {name}, torch {torch.__version__}"
-    rates = f"measured TFLOP/s: product of 8192 {_said(products)}; convolution 3×3, 256 channels {_said(convolutions)}"
+    rates = f"measured TFLOP/s: product of {PRODUCT} {_said(products)}; "
+    rates += f"convolution 3×3, {CONVOLUTION[1]} channels {_said(convolutions)}"
     known = recognised(name, memory)
     if known is None:
         known = Hardware(
@@ -56,6 +62,8 @@ def measure_cuda(index: int = 0, tell: Callable[[str], None] = lambda what: None
             kernel_ns=kernel,
             efficiencies=(),
             sources=(Source("peaks", rates), Source("dram_bytes_per_s", f"copy of 1 GiB on the device, {how}")),
+            sm_count=properties.multi_processor_count,
+            l2_bytes=properties.L2_cache_size,
         )
     else:
         said = {s.field: s.text for s in known.sources}
@@ -121,7 +129,7 @@ def _link() -> tuple[int, int, int]:
 
 
 def _dram() -> int:
-    source = torch.empty(2**28, device="cuda")
+    source = torch.empty(DRAM_BYTES // 4, device="cuda")
     target = torch.empty_like(source)
     return round(2 * source.nbytes / _seconds(lambda: target.copy_(source)))
 
@@ -131,7 +139,7 @@ def _on_device_ns(call: Callable[[], object], count: int) -> int:
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     call()
     torch.cuda.synchronize()
-    torch.cuda._sleep(200_000_000)  # cycles: 0.1 s, in which the host gets ahead
+    torch.cuda._sleep(BUSY_CYCLES)
     begin.record()
     for _ in range(count):
         call()
@@ -154,7 +162,7 @@ def _launch_ns() -> int:
     x = torch.zeros(1, device="cuda")
     x.add_(1)
     torch.cuda.synchronize()
-    torch.cuda._sleep(200_000_000)
+    torch.cuda._sleep(BUSY_CYCLES)
     start = time.perf_counter_ns()
     for _ in range(500):  # fewer than the driver's queue holds
         x.add_(1)
@@ -164,7 +172,7 @@ def _launch_ns() -> int:
 
 
 def _product(dtype: str) -> int:
-    n = 8192
+    n = PRODUCT
 
     def run() -> float:
         a = torch.rand(n, n, device="cuda", dtype=getattr(torch, dtype.replace("tf32", "float32")))
@@ -174,7 +182,7 @@ def _product(dtype: str) -> int:
 
 
 def _convolution(dtype: str) -> int:
-    batch, channels, pixels = 64, 256, 56
+    batch, channels, pixels = CONVOLUTION
 
     def run() -> float:
         kind = getattr(torch, dtype.replace("tf32", "float32"))

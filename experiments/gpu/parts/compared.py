@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 import vdnn
-from experiments.gpu.methods import METHODS, OURS, Around, NotHere
+from experiments.gpu.methods import METHODS, OURS, Around, NotHere, moved
+from experiments.gpu.parts import link
 from experiments.gpu.session import Session
 from experiments.gpu.workloads import Setup, Workload
 from vdnn.errors import VdnnError
@@ -21,17 +22,19 @@ WARM, TIMED = 3, 5
 
 
 def measure(session: Session) -> list[dict[str, Any]]:
+    """Every method on every network; then, as far as there is time, what was predicted, which takes no GPU."""
+    if not session.link and not session.virtual:
+        link.measure(session)  # what predictions and bounds stand on
     rows: list[dict[str, Any]] = []
+    broken = ""
     for workload in session.workloads:
         plain: dict[str, Any] | None = None
         for method in METHODS:
             row: dict[str, Any] = {"model": str(workload), "options": workload.options, "method": method}
             rows.append(row)
-            if session.over():
-                row["not_run"] = "the time was up"
+            if broken or session.over():
+                row["not_run"] = broken or "the time was up"
                 continue
-            if method in OURS or method == "no offload":
-                row["predicted"] = predicted(session, workload, "none" if method == "no offload" else method)
             try:
                 row["measured"] = measured(session, workload, method)
             except NotHere as error:
@@ -40,13 +43,23 @@ def measure(session: Session) -> list[dict[str, Any]]:
                 row["out_of_memory"] = str(error).split(". ")[0]
             except Exception as error:  # a peer may fail in its own way
                 row["failed"] = f"{type(error).__name__}: {str(error).strip()[:300]}"
-            _clear()
+            try:
+                _clear()
+            except RuntimeError as error:  # an error that CUDA does not recover from
+                broken = f"the device failed in {method}: {str(error).splitlines()[0]}"
             if method == "no offload":
                 plain = row.get("measured")
             elif plain and "measured" in row and not session.virtual:
                 row["measured"]["slowdown"] = round(row["measured"]["step_s"] / plain["step_s"], 4)
                 if method in OURS and session.link:
                     row["measured"]["over_ideal"] = over_ideal(session, plain, row["measured"])
+            session.keep(rows)
+    for workload in session.workloads:
+        for row in rows:
+            if row["model"] == str(workload) and row["method"] in ("no offload", *OURS) and not session.over():
+                policy = "none" if row["method"] == "no offload" else row["method"]
+                row["predicted"] = predicted(session, workload, policy)
+                session.keep(rows)
     return rows
 
 
@@ -55,10 +68,10 @@ def predicted(session: Session, workload: Workload, policy: str) -> dict[str, An
     try:
         work = workload.load(**model_options(policy))
         trace = vdnn.capture(work, precision=workload.precision, optimizer="sgd", device=session.device.type)
+        machine = session.hardware()
+        result = vdnn.simulate(trace, vdnn.plan(trace, machine, policy), machine)
     except VdnnError as error:
         return {"refused": str(error)}
-    machine = session.hardware()
-    result = vdnn.simulate(trace, vdnn.plan(trace, machine, policy), machine)
     return {
         "peak_requested_bytes": result.peak_requested_bytes,
         "peak_allocated_bytes": result.peak_allocated_bytes,
@@ -80,14 +93,15 @@ def measured(session: Session, workload: Workload, method: str) -> dict[str, Any
         else:
             found = _timed(setup, around)
             if method in OURS:
-                found.update(_overlap(lambda: setup.step(around)))
+                try:
+                    found.update(_overlap(lambda: setup.step(around)))
+                except Exception as error:  # the profiler needs rights that a container may not give
+                    found["overlap_failed"] = f"{type(error).__name__}: {str(error).strip()[:200]}"
         if method in OURS:
             report = vdnn.report(setup.model)
-            passes = max(report.passes, 1)
+            found |= moved(setup)
             found |= {
                 "policy": report.policy,
-                "offloaded_bytes": report.offloaded_bytes // passes,
-                "returned_bytes": report.returned_bytes // passes,
                 "host_peak_bytes": report.host_peak_bytes,
                 "host_reserved_bytes": report.host_reserved_bytes,
                 "mismatches": list(report.mismatches[:3]),

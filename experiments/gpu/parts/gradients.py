@@ -14,13 +14,27 @@ STEPS = 3
 
 
 def check(session: Session) -> dict[str, Any]:
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cudnn.benchmark,
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False
     try:
-        return {str(workload): _compare(session, workload) for workload in session.workloads}
+        found: dict[str, Any] = {}
+        for workload in session.workloads:
+            if session.over():
+                found[str(workload)] = {"not_run": "the time was up"}
+                continue
+            try:
+                found[str(workload)] = _compare(session, workload)
+            except Exception as error:
+                found[str(workload)] = {"failed": f"{type(error).__name__}: {str(error).strip()[:300]}"}
+            session.keep(found)
+        return found
     finally:
-        torch.use_deterministic_algorithms(before[0])
+        torch.use_deterministic_algorithms(before[0], warn_only=before[2])
         torch.backends.cudnn.benchmark = before[1]
 
 
@@ -37,6 +51,8 @@ def _compare(session: Session, workload: Workload) -> dict[str, Any]:
             found[policy] = {"exact": not differs, "differs": differs}
         except NotHere as error:
             found[policy] = {"not_run": str(error)}
+        except Exception as error:  # the others may still tell something
+            found[policy] = {"failed": f"{type(error).__name__}: {str(error).strip()[:300]}"}
     return found
 
 

@@ -11,6 +11,7 @@ import torch
 from experiments.gpu.methods import METHODS
 from experiments.gpu.session import Session
 from experiments.gpu.workloads import SMALL, Setup
+from vdnn.errors import VdnnError
 
 
 def record(session: Session) -> dict[str, Any]:
@@ -34,11 +35,13 @@ def record(session: Session) -> dict[str, Any]:
             torch.cuda.memory._record_memory_history(enabled=None)
         path = session.folder / f"history-{method.replace(' ', '-')}.pickle"
         path.write_bytes(pickle.dumps(snapshot))
-        found[method] = {
-            "events": sum(len(trace) for trace in snapshot["device_traces"]),
-            "replayed": [str(verdict) for verdict in replay_snapshot(read_snapshot(path))],
-        }
         path.with_suffix(".pickle.gz").write_bytes(gzip.compress(path.read_bytes(), mtime=0))
+        found[method] = {"events": sum(len(trace) for trace in snapshot["device_traces"])}
+        try:
+            found[method]["replayed"] = [str(verdict) for verdict in replay_snapshot(read_snapshot(path))]
+        except VdnnError as error:  # the file tells what it was
+            found[method]["refused"] = str(error)
         path.unlink()
+        session.keep(found)
         del setup
     return found

@@ -21,21 +21,24 @@ TIGHT = (
 def check(session: Session) -> list[dict[str, Any]]:
     if session.virtual:
         return [{"skipped": "no CUDA allocator on a CPU; the tests train on a virtual device of limited memory"}]
-    total = torch.cuda.get_device_properties(0).total_memory
-    rows = []
+    total = torch.cuda.get_device_properties().total_memory
+    rows: list[dict[str, Any]] = []
     for gigabytes, workload in TIGHT:
         row: dict[str, Any] = {"limit_bytes": gigabytes * 10**9, "model": str(workload)}
+        rows.append(row)
         for policy in ("", "vdnn-all", "by budget"):
             gc.collect()
             torch.cuda.empty_cache()
-            torch.cuda.set_per_process_memory_fraction(gigabytes * 10**9 / total)
+            torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 10**9 / total))
             try:
                 row[policy or "no offload"] = _steps(session, workload, policy, gigabytes * 10**9)
             except torch.OutOfMemoryError as error:
                 row[policy or "no offload"] = {"out_of_memory": str(error).split(". ")[0]}
+            except Exception as error:
+                row[policy or "no offload"] = {"failed": f"{type(error).__name__}: {str(error).strip()[:300]}"}
             finally:
                 torch.cuda.set_per_process_memory_fraction(1.0)
-        rows.append(row)
+            session.keep(rows)
     return rows
 
 

@@ -40,7 +40,7 @@ class _Cuda:
     def __init__(self) -> None:
         self.log: list[str] = []
         self.made = 0
-        self.device = 0
+        self.index = 0
         self.now = _Stream(self, "compute")
         self.cudart = lambda: self
 
@@ -50,8 +50,14 @@ class _Cuda:
     def device_count(self) -> int:
         return 1
 
+    def is_current_stream_capturing(self) -> bool:
+        return False
+
+    def device(self, _: object) -> contextlib.nullcontext[None]:
+        return contextlib.nullcontext()
+
     def current_device(self) -> int:
-        return self.device
+        return self.index
 
     def get_device_name(self, _: object) -> str:
         return "a pretended GPU"
@@ -123,10 +129,10 @@ def every_call_is_one_of_cudas(engine: ModuleType) -> None:
         device.copy_out(block, source)
         device.copy_back(target, block, 0)
         _logged(cuda, "on side 1", "on compute", "on side 2", "on compute")
-        cuda.device = 1  # another device is the current one: it must be so afterwards, too
+        cuda.index = 1  # another device is the current one: it must be so afterwards, too
         device.copy_out(block, source)
         _logged(cuda, "inside side 1")
-        cuda.device = 0
+        cuda.index = 0
         expect(torch.equal(device.use(target), source.data), "the copy back has other bytes")
         _logged(cuda)
 
