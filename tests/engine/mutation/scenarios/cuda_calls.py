@@ -41,6 +41,7 @@ class _Cuda:
         self.log: list[str] = []
         self.made = 0
         self.index = 0
+        self.capturing = False
         self.now = _Stream(self, "compute")
         self.cudart = lambda: self
 
@@ -51,7 +52,7 @@ class _Cuda:
         return 1
 
     def is_current_stream_capturing(self) -> bool:
-        return False
+        return self.capturing
 
     def device(self, _: object) -> contextlib.nullcontext[None]:
         return contextlib.nullcontext()
@@ -112,6 +113,17 @@ def _pretended(engine: ModuleType) -> Iterator[tuple[Any, _Cuda]]:
 def _logged(cuda: _Cuda, *lines: str) -> None:
     expect(cuda.log == list(lines), f"CUDA was asked for {cuda.log}, not for {list(lines)}")
     cuda.log.clear()
+
+
+@scenario
+def no_pass_begins_while_a_graph_is_captured(engine: ModuleType) -> None:
+    with _pretended(engine) as (device, cuda):
+        cuda.capturing = True
+        try:
+            with engine.offloading(device, engine.schedule.Rule()):
+                raise AssertionError("a pass began")
+        except Exception as error:
+            expect(type(error).__name__ == "EngineError", f"{type(error).__name__}: {error}")
 
 
 @scenario
