@@ -3,6 +3,8 @@
 Buffers that receive a copy are allocated on the compute stream: the caching allocator hands a freed block
 only to the stream that it was allocated on, so a block that a side stream allocated could never serve
 compute again. The side stream therefore waits for the compute stream before it writes.
+
+What torch does below these calls, and where they may lose time: docs/cuda.md.
 """
 
 from __future__ import annotations
