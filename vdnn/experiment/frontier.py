@@ -21,6 +21,7 @@ from vdnn.planner import BUDGETED, best_plan, budgeted_plan, gap_parts, least_me
 from vdnn.policies import Options, decide, find
 from vdnn.policies import model_options as options_of
 from vdnn.sim import simulate_step
+from vdnn.sim.workspaces import held_bytes
 from vdnn.values import Hardware, Plan, Recompute, RunResult, Trace
 
 __all__ = ["FRONTIER", "WORSE", "Frontier", "frontier_of", "read_frontier"]
@@ -91,6 +92,8 @@ def frontier_of(
         "time_ns": without.iteration_time_ns,
         "baseline_bytes": baseline,
         "least_bytes": least,
+        "requested_bytes": without.peak_requested_bytes,
+        "resident_bytes": _resident(trace, machine),
         "requested_bound_bytes": least_memory(trace),
         "policies": {name: _policy(*fixed[name], machine) for name in fixed},
         "budgets": {},
@@ -133,6 +136,12 @@ def frontier_of(
             "policies": others,
         }
     return found
+
+
+def _resident(trace: Trace, machine: Hardware) -> int:
+    """What is there before the step and stays: weights, buffers, kept gradients, states, cuBLAS' workspaces."""
+    stay = ("parameter", "buffer", "gradient", "optimizer_state")
+    return held_bytes(trace, machine) + sum(s.nbytes for s in trace.storages if s.alloc < 0 and s.category in stay)
 
 
 def _policy(step: Trace, plan: Plan, free: RunResult, machine: Hardware) -> dict[str, Any]:
