@@ -1,7 +1,8 @@
 """Where the gap between a plan and the bound comes from: bounds that know more and more of what the plan decided.
 
     bound        no plan is faster at this budget
-    fragments    + what the allocator takes: the bound at the bytes that the plan requests at its peak
+    fragments    + what the allocator takes, and the libraries' workspaces: the bound at the bytes that the plan's step
+                 requests at its peak
     again        + what is computed again: the bound of the step with the plan's blocks, chains and codes as they are,
                  of which anything may be offloaded in any part
     storages     + what is offloaded: the same, if just what the plan offloads goes, and goes whole
@@ -15,11 +16,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from vdnn.analysis.encoding import planned
+from vdnn.analysis.liveness import requested
 from vdnn.analysis.moments import resolve
 from vdnn.costs import times_with
 from vdnn.planner.bound import pieces, time_bound
 from vdnn.planner.budget import Planned
-from vdnn.sim.workspaces import held_bytes
 from vdnn.values.hardware import Hardware
 from vdnn.values.trace import Trace
 
@@ -47,9 +48,10 @@ def gap_parts(found: Planned, trace: Trace, hardware: Hardware, *, seconds: floa
     A program that is not solved in `seconds` adds nothing: its part is then the next one's.
     """
     end = found.result.iteration_time_ns or 0
-    room = max((found.result.peak_requested_bytes or 0) - held_bytes(trace, hardware), 1)
     step = planned(found.trace, found.plan)
-    gone = {move.storage for move in resolve(found.plan, step)}
+    moves = resolve(found.plan, step)
+    gone = {move.storage for move in moves}
+    room = max(max(requested(step, moves), default=0), 1)
     left = [replace(piece, again=None) for piece in pieces(step)]
     whole = [piece for piece in left if piece.storage in gone]
     op_ns, again_ns = (times_with(one, hardware, {}, "") for one in (trace, step))
