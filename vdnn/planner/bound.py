@@ -2,19 +2,22 @@
 
     variables   f_i, g_i    how much of storage i goes to the host, how much is computed again (f + g <= 1)
                 h_o         how much of a forward op runs a second time, for ops that make several storages
-                b_j         how much of a block runs a second time, where a search asks for it (f + g + b <= 1)
+                b_j         for how much of a storage a code stands, or how much of a block runs a second time, where a
+                            search asks for it (f + g + b <= 1)
                 X_k         when compute starts the op at breakpoint k
+                W_k         time of what was computed again by then
                 T_k, J_k    bytes that have gone out, and come back, by then
     minimise    X at the end of the step
 
-    time        X_k - X_(k-1) >= the ops between + what is computed again there;  X_k >= its time without a plan
+    time        X_k - X_(k-1) >= the ops between + W_k - W_(k-1) + codes made there;  X_k >= its time without a plan
+    again       W_k >= what is computed again of all that is needed by then: sooner it may be, in backward
     link        T_k - T_(k-1) <= d2h (X_k - X_(k-1)), the same for J, and both together <= what they share
     order       T_k <= packed so far;  needed so far <= J_k <= T_k
     memory      live_k - (gone out and released) + come back - dropped <= budget, while each op runs
 
 It is a bound because it only leaves things out: transfers may be partial and start at any time, what a storage is
-computed again from is there for nothing, a code takes no time and no memory, no allocator rounds, no kernel launch is
-late, no copy has a latency. It has a row for each breakpoint and its sums are written as recurrences (cumulative rows
+computed again from is there for nothing, a code takes no memory, no allocator rounds, no kernel launch is late, no copy
+has a latency. It has a row for each breakpoint and its sums are written as recurrences (cumulative rows
 take HiGHS minutes instead of a second). Breakpoints are the positions where something is packed, let go, or needed;
 beyond `_MOST` of them neighbours are merged, which again only leaves things out: packs and releases move to the
 beginning of their stretch, needs to its end.
@@ -31,10 +34,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
 
-from vdnn.analysis.chains import makers
-from vdnn.analysis.encodable import encodable
 from vdnn.analysis.liveness import requested
-from vdnn.analysis.moments import MOVABLE, extent
+from vdnn.planner.pieces import Group, Piece, codes, least_memory, pieces
 from vdnn.sim.run import clock
 from vdnn.values.hardware import Hardware
 from vdnn.values.trace import Trace
@@ -61,94 +62,6 @@ class Bound:
     groups: dict[int, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """One storage that may be away, in [gone, need): the least that a copy carries, and the ops that make it again.
-
-    `free` is where autograd lets go of it; `again` is None if nothing makes it again, and empty where a code may stand
-    for it: what making and reading the code takes is left out, and so is the code. A search that knows better adds
-    `again_ns`.
-    """
-
-    storage: int
-    nbytes: int
-    moved: int
-    pack: int
-    gone: int
-    need: int
-    free: int
-    again: tuple[int, ...] | None
-    again_ns: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Storages that come again together: they go at `gone` or later, and are all back at `need`, which takes `ns`."""
-
-    number: int
-    storages: frozenset[int]
-    gone: int
-    need: int
-    ns: int
-
-
-def pieces(trace: Trace) -> list[Piece]:
-    """Everything that any plan could take away between forward and backward, however small."""
-    tensors: dict[int, list[int]] = {}
-    for i, t in enumerate(trace.saved):
-        tensors.setdefault(t.storage, []).append(i)
-    made = makers(trace)
-    coded = encodable(trace)
-    found = []
-    for storage, group in tensors.items():
-        s = trace.storages[storage]
-        if s.category not in MOVABLE or s.held or not s.nbytes:
-            continue
-        packed = [trace.saved[i].packed_at for i in group]
-        gone, need = max(s.release, max(packed)), s.need if s.need >= 0 else s.free
-        if gone < need:
-            again = () if storage in coded else _closure(trace, storage, need, made)
-            covered = min(s.nbytes, _covered(trace, group)) if s.need >= 0 else 0
-            found.append(Piece(storage, s.nbytes, covered, min(packed), gone, need, s.free, again))
-    return found
-
-
-def _covered(trace: Trace, group: Sequence[int]) -> int:
-    covered = end = 0
-    for first, nbytes in sorted(extent(trace.saved[i]) for i in group):
-        covered += max(0, first + nbytes - max(first, end))
-        end = max(end, first + nbytes)
-    return covered
-
-
-def _closure(trace: Trace, storage: int, position: int, made: dict[int, list[int]]) -> tuple[int, ...] | None:
-    """The ops that must run again to have a storage at a position, if all that may be there is there."""
-    ops: set[int] = set()
-    wanted, seen = [storage], {storage}
-    while wanted:
-        makes = made.get(wanted.pop())
-        if not makes:
-            return None
-        ops.update(makes)
-        for op in makes:
-            for r in trace.ops[op].reads:
-                s = trace.storages[r]
-                if r not in seen and not s.alloc <= position < s.free:
-                    seen.add(r)
-                    wanted.append(r)
-    return tuple(sorted(ops))
-
-
-def least_memory(trace: Trace) -> int:
-    """Requested bytes that no plan goes below: whatever may be away is away, in no time."""
-    change = [0] * (len(trace.ops) + 2)
-    for piece in pieces(trace):
-        change[piece.gone] += piece.nbytes
-        change[piece.need] -= piece.nbytes
-    away = accumulate(change)
-    return max((live - gone for live, gone in zip(requested(trace), away, strict=False)), default=0)
-
-
 def time_bound(
     trace: Trace,
     hardware: Hardware,
@@ -158,7 +71,7 @@ def time_bound(
     items: Sequence[Piece] | None = None,
     seconds: float = 20.0,
     breakpoints: int = 0,
-    groups: Sequence[Group] = (),
+    groups: Sequence[Group] | None = None,
     forced: bool = False,
 ) -> Bound:
     """The bound on the step's time with this much memory.
@@ -166,7 +79,7 @@ def time_bound(
     Args:
         items: what may be away; default: everything that could (only then it is a bound for every plan).
         breakpoints: how many there may be; 0: as many as a second or two allow.
-        groups: what may also come again together, for a search: no bound knows them, their ops are in the pieces.
+        groups: what may also come again together, for a search; default: the codes that there are.
         forced: every one of `items` goes to the host, as a whole.
         seconds: for the solver. If they do not suffice, the bound is the step without a plan, and says so.
     """
@@ -175,6 +88,8 @@ def time_bound(
     found = list(pieces(trace)) if items is None else list(items)
     if max(live, default=0) <= budget_bytes:
         return Bound(base[-1], "the step fits as it is", True, {}, {})
+    if groups is None:
+        groups = codes(trace, hardware, found) if items is None else ()
     program = _Program(trace, hardware, op_ns, base, live, budget_bytes, found, breakpoints or _MOST, groups, forced)
     status, value, out, again, whole = program.solve(seconds)
     if status == 2:
@@ -234,6 +149,7 @@ class _Program:
         needed: list[list[tuple[int, float]]] = [[] for _ in at]
         absent: list[list[tuple[int, float]]] = [[] for _ in at]  # what changes in what is away without the link
         costs: list[list[tuple[int, float]]] = [[] for _ in at]
+        made: list[list[tuple[int, float]]] = [[] for _ in at]
         shared: dict[int, list[int]] = {}
         for i, piece in enumerate(items):
             for op in piece.again or ():
@@ -258,6 +174,7 @@ class _Program:
                 costs[end].append((again[i], alone / self.ns))
         for group, b in zip(groups, whole, strict=True):
             costs[min(bisect_left(at, group.need), last)].append((b, group.ns / self.ns))
+            made[bisect_left(at, group.at)].append((b, group.made_ns / self.ns))
         for op, users in shared.items():
             if len(users) > 1 and op_ns[op]:
                 twice = self._column(0, 1)
@@ -269,10 +186,17 @@ class _Program:
         rates = [r * self.ns / self.byte / 1e9 for r in (hardware.d2h_bytes_per_s, hardware.h2d_bytes_per_s)]
         both = hardware.duplex_bytes_per_s * self.ns / self.byte / 1e9
         sums = [self._recurrence(part) for part in (packed, gone, needed, absent)]
+        first = min((piece.need for piece in items), default=0)
+        spent = [self._column(0, None if p >= first else 0) for p in at]
+        for k, due in enumerate(self._recurrence(costs)):
+            if due:
+                self._row([*due, (spent[k], -1)], 0)
         for k in range(last + 1):
             if k:
                 step = [(time[k - 1], 1.0), (time[k], -1.0)]
-                self._row([*step, *costs[k]], -(work[at[k]] - work[at[k - 1]]) / self.ns)
+                again_here = [(spent[k], 1.0), (spent[k - 1], -1.0)]
+                self._row([*step, *again_here, *made[k]], -(work[at[k]] - work[at[k - 1]]) / self.ns)
+                self._row(_minus(again_here), 0)
                 went, came = [(sent[k], 1.0), (sent[k - 1], -1.0)], [(back[k], 1.0), (back[k - 1], -1.0)]
                 self._row([*went, *((c, v * rates[0]) for c, v in step)], 0)
                 self._row([*came, *((c, v * rates[1]) for c, v in step)], 0)
