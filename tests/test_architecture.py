@@ -42,6 +42,7 @@ LAYERS = {
     "trace_cache": 8,
     "advising": 8,
     "batches": 8,
+    "choosing": 8,
     "integrations": 8,
     "cli": 8,
     "__init__": 8,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import vdnn
 from vdnn.batches import largest_batch
 from vdnn.errors import CaptureError, InfeasibleError
-from vdnn.values import RunResult
+from vdnn.values import RunResult, Trace
 
 
 def machine(peak: Callable[[int], int], memory: int) -> tuple[Callable[[int], RunResult], list[int]]:
@@ -83,3 +83,36 @@ def test_a_batch_too_small_for_the_model_does_not_hide_that_none_fits() -> None:
 
     with pytest.raises(CaptureError):
         largest_batch(broken, 10)
+
+
+@given(st.integers(1, 10**4), st.integers(1, 10**8))
+def test_a_batch_without_a_plan_does_not_fit(each: int, memory: int) -> None:
+    """`vdnn-dyn` and the planner have no plan for a batch that is too large: that ended the search with an error."""
+    simulated, _ = machine(lambda batch: each * batch, memory)
+
+    def planned(batch: int) -> RunResult:
+        if each * batch > memory:
+            raise InfeasibleError(f"no plan for a batch of {batch}")
+        return simulated(batch)
+
+    if each > memory:
+        with pytest.raises(InfeasibleError, match=r"no plan for a batch of 1$"):
+            largest_batch(planned, memory, limit=4096)
+        return
+    best, above = largest_batch(planned, memory, limit=4096)
+    assert above is None
+    most = min(memory // each, 4096)
+    assert most - max(1, best.batch // 32) <= best.batch <= most
+
+
+@pytest.mark.slow
+def test_the_planner_fits_no_smaller_batch_than_the_policies_that_it_knows() -> None:
+    traces: dict[object, Trace] = {}
+    found = {
+        name: vdnn.max_batch("demo:cnn", "t4", name, memory="64MiB", traces=traces, min_bytes=1)[0]
+        for name in ("none", "vdnn-dyn", "budget")
+    }
+    assert all(result.fits and result.peak_reserved_bytes <= 64 << 20 for result in found.values())
+    assert found["none"].batch <= found["vdnn-dyn"].batch <= found["budget"].batch
+    assert found["none"].batch < found["budget"].batch
+    assert found["budget"].policy == "budget"

@@ -75,7 +75,7 @@ def test_the_peak_of_a_perceptron_is_the_one_derived_by_hand() -> None:
         ("gradient", "2", 120),
         ("gradient", "1", 80),
     }
-    assert "cannot lower 368 of the 452 bytes" in result.notes[0]
+    assert "cannot lower 368 B of the 452 B" in result.notes[0]
     assert result.peak_allocated_bytes is None
     assert result.peak_reserved_bytes is None
 

@@ -86,7 +86,7 @@ def test_a_plan_for_another_model_batch_or_device_is_refused_before_anything_run
 @pytest.mark.case(49)
 def test_a_virtual_device_that_is_too_small_runs_out_and_offload_makes_room() -> None:
     work = vdnn.load("demo:cnn", batch=8)
-    small = replace(hardware("rtx4090"), memory_bytes=36 << 20)
+    small = replace(hardware("rtx4090"), memory_bytes=36 << 20, context_bytes=0)
     trace = vdnn.capture(work, device="cpu")
     plan = vdnn.plan(trace, small, "vdnn-all", min_bytes=1)
     with pytest.raises(DeviceOutOfMemory, match="offload more"):

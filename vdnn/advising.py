@@ -20,7 +20,7 @@ __all__ = ["Advice", "advise"]
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """A model on one GPU.
+    """A model on one GPU, of whose `memory_bytes` a step can have `available_bytes`.
 
     `how` is "as it is", what the plan does ("offload", "recompute", "blocks", joined by "+"), or "" where nothing
     fits; `needs_bytes` is the reserved peak, or the least budget known where nothing fits. `free_time_ns` is the step
@@ -30,6 +30,7 @@ class Advice:
 
     gpu: str
     memory_bytes: int
+    available_bytes: int
     fits: bool
     how: str
     needs_bytes: int
@@ -68,7 +69,21 @@ def advise(
             needs = min(least_plan(step, machine, options).plan.budget_bytes or 0 for step in steps)
             plain = simulate_step(trace, None, machine, memory_limit=budget)
             found.append(
-                Advice(machine.id, machine.memory_bytes, False, "", needs, None, free_ns, None, 0, None, plain, plain)
+                Advice(
+                    machine.id,
+                    machine.memory_bytes,
+                    budget,
+                    False,
+                    "",
+                    needs,
+                    None,
+                    free_ns,
+                    None,
+                    0,
+                    None,
+                    plain,
+                    plain,
+                )
             )
             continue
         time_ns = planned.result.iteration_time_ns or 0
@@ -81,6 +96,7 @@ def advise(
             Advice(
                 machine.id,
                 machine.memory_bytes,
+                budget,
                 True,
                 "+".join(parts) or "as it is",
                 planned.result.peak_reserved_bytes or planned.result.peak_requested_bytes or 0,
@@ -93,4 +109,4 @@ def advise(
                 planned.without,
             )
         )
-    return sorted(found, key=lambda one: (one.time_ns is None, one.time_ns or one.needs_bytes - one.memory_bytes))
+    return sorted(found, key=lambda one: (one.time_ns is None, one.time_ns or one.needs_bytes - one.available_bytes))

@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vdnn.errors import UsageError
+from vdnn.choosing import BUDGET, choose_plan, policy_options
+from vdnn.errors import PlanMismatchError, UsageError, unknown_name
 from vdnn.values import ALONE, Hardware, Node, Plan, Recipe, RunResult, Trace
 from vdnn.values import hardware as named_hardware
 
@@ -19,13 +20,15 @@ if TYPE_CHECKING:
     from vdnn.analysis.torch7 import Regime
     from vdnn.engine import Device, EngineReport, Offloader
     from vdnn.models import Work
-    from vdnn.policies import Options
     from vdnn.tracker import Tracker
     from vdnn.training import Run
 
 __all__ = ["capture", "load", "max_batch", "offload", "plan", "report", "run", "simulate", "track", "unwrap", "wrap"]
 
 log = logging.getLogger("vdnn")
+
+# Options of `capture`, beside the parts of a recipe; the last four are of a model that is given itself.
+_CAPTURED = ("precision", "optimizer", "channels_last", "device", "recipe", "kwargs", "targets", "name", "options")
 
 
 def load(name: str, batch: int | str = 32, **options: object) -> Work:
@@ -58,6 +61,9 @@ def capture(work: Work | nn.Module, *inputs: Any, loss: Any = None, **options: A
     if parts and "recipe" in options:
         raise UsageError(f"a recipe and its part {parts[0]} are both given: put it into the recipe")
     options.setdefault("recipe", Recipe.of({name: options.pop(name) for name in parts}))
+    for name in options:
+        if name not in _CAPTURED:
+            raise unknown_name("option of a capture", name, (*_CAPTURED, *Recipe.__slots__))
     if isinstance(work, WorkType):
         if inputs or loss is not None:
             raise UsageError("a loaded work has its own inputs and loss: give either a work, or a model with inputs")
@@ -78,6 +84,7 @@ def plan(
     """What a policy (default: "vdnn-all") decides for every saved storage of a trace, or what fits a budget.
 
     Args:
+        policy: a policy's name, or "budget": the planner's plan, for the machine's memory if no budget is given.
         budget: device memory for the step, "12GiB" or bytes: the plan that fits and takes the least time.
         node: several GPUs that train together: with each one's share of the link, and DDP's buckets in its memory.
         options: rules ("event" or "paper"), min_bytes, max_inflight_bytes, window_bytes, keep_soon,
@@ -88,7 +95,7 @@ def plan(
         InfeasibleError: no plan fits the budget; names the least that does.
     """
     if node is None:
-        return _decide(trace, named_hardware(hardware), policy, budget, options)
+        return choose_plan(trace, named_hardware(hardware), policy, budget, options)
     from dataclasses import replace
 
     from vdnn.analysis.dataparallel import data_parallel
@@ -96,39 +103,8 @@ def plan(
 
     node.check()
     step, _ = data_parallel(trace, node)
-    made = _decide(step, share_of(named_hardware(hardware), node), policy, budget, options)
+    made = choose_plan(step, share_of(named_hardware(hardware), node), policy, budget, options)
     return replace(made, trace=trace.fingerprint())
-
-
-def _decide(trace: Trace, hardware: Hardware, policy: str, budget: int | str | None, options: dict[str, Any]) -> Plan:
-    from dataclasses import replace
-
-    from vdnn.planner import BUDGETED, budgeted_plan, plan_for_budget
-    from vdnn.policies import decide
-    from vdnn.units import parse_size
-
-    chosen = _options(options)
-    if policy in BUDGETED:
-        if budget is not None:
-            chosen = replace(chosen, budget_bytes=parse_size(budget))
-        return budgeted_plan(policy, trace, hardware, chosen)
-    if budget is None:
-        return decide(policy or "vdnn-all", trace, hardware, chosen)
-    if policy:
-        raise UsageError(f"both the policy {policy} and a budget are given: a plan is made by one of them")
-    return plan_for_budget(trace, hardware, parse_size(budget), chosen)
-
-
-def _options(given: dict[str, Any]) -> Options:
-    from vdnn.errors import unknown_name
-    from vdnn.policies import Options as PolicyOptions
-
-    for name in given:
-        if name not in PolicyOptions.__slots__:
-            raise unknown_name("option of a policy", name, PolicyOptions.__slots__)
-    chosen = PolicyOptions(**given)
-    chosen.check()
-    return chosen
 
 
 def simulate(
@@ -179,9 +155,12 @@ def max_batch(
 ) -> tuple[RunResult, RunResult | None]:
     """The largest batch of a model that fits on a GPU under a policy: the results there, and at the next that does not.
 
+    A batch for which a policy finds no plan does not fit, and has no result.
+
     Args:
+        policy: a policy's name, or "budget": what the planner makes fit.
         memory: device memory, "12GiB" or bytes, instead of the GPU's.
-        limit: no larger batch is tried; the second result is None if that one fits.
+        limit: no larger batch is tried; the second result is None if that one fits, or the next one has no plan.
         model_options: of the model, such as {"image_size": 288}.
         traces: captures by step, filled here: give the same to several calls.
         options: of the policy.
@@ -191,12 +170,14 @@ def max_batch(
         InfeasibleError: a batch of 1 does not fit.
     """
     from vdnn.batches import largest_batch
+    from vdnn.planner import BUDGETED
     from vdnn.policies import model_options as options_of
     from vdnn.units import parse_size
 
     machine = named_hardware(hardware)
     there = machine.available_bytes if memory is None else parse_size(memory)
-    given = {**options_of(policy), **(model_options or {})}
+    given = {**({} if policy == BUDGET else options_of(policy)), **(model_options or {})}
+    budget = there if policy in (BUDGET, *BUDGETED) else None
     found = {} if traces is None else traces
 
     def simulated(batch: int) -> RunResult:
@@ -204,7 +185,7 @@ def max_batch(
         if key not in found:
             found[key] = capture(load(model, batch, **given), precision=precision, optimizer=optimizer)
         trace = found[key]
-        return simulate(trace, _decide(trace, machine, policy, None, options), machine, memory_limit=there)
+        return simulate(trace, choose_plan(trace, machine, policy, budget, options), machine, memory_limit=there)
 
     return largest_batch(simulated, there, limit=limit)
 
@@ -250,7 +231,7 @@ def run(
     if policy and "checkpoint" in model_options(policy) and "checkpoint" not in dict(work.options):
         again = checkpointed(work)
         its_trace = capture(again, precision=precision, optimizer=optimizer, device=kind)
-    made = plan if plan is not None else _decide(its_trace, machine, policy, budget, options)
+    made = plan if plan is not None else choose_plan(its_trace, machine, policy, budget, options)
     simulate(its_trace, made, machine)  # refuses a plan that is not for this trace, before anything runs
     cases: list[tuple[Work, Trace, Plan | None]] = [(work, trace, None)]
     if made.policy != "none" or made.offloaded_bytes:
@@ -296,11 +277,12 @@ def wrap(
     from dataclasses import replace
 
     from vdnn.deciding import Decider, machine_of, recompute_blocks
-    from vdnn.engine import CudaDevice, Schedule, wrap_model
+    from vdnn.engine import CudaDevice, Schedule, leave_model, wrap_model
     from vdnn.planner import BUDGETED
     from vdnn.policies import model_options, must_run
     from vdnn.units import parse_size
 
+    _must_be_device(device)
     if policy:
         must_run(policy)
     given = [name for name, value in (("policy", policy), ("plan", plan), ("budget", budget)) if value]
@@ -309,14 +291,21 @@ def wrap(
     recomputes = bool(policy) and "checkpoint" in model_options(policy)
     if plan is not None:
         Schedule(plan).check_names({fqn for fqn, _ in model.named_modules()})
-    chosen = _options(options)
+    chosen = policy_options(options)
     budget_bytes = None if budget is None else parse_size(budget)
     place = next((p.device for p in (*model.parameters(), *model.buffers())), None)
     if device is None:
         if place is None or place.type != "cuda":
             log.warning("vdnn: the model is on the CPU: offload is inactive (name a virtual device to run it there)")
+            leave_model(model)
             return model
         device = CudaDevice(place.index)
+    kind = "cuda" if isinstance(device, CudaDevice) else "cpu"
+    if plan is not None and plan.device != kind:
+        raise PlanMismatchError(
+            f"the plan is for the step of a {plan.device} device, and this one runs on {kind}, where other tensors are "
+            f"saved: capture the model with device={kind!r} and plan again"
+        )
     decider = Decider(
         device,
         named_hardware(hardware) if hardware is not None else machine_of(device),
@@ -334,6 +323,12 @@ def wrap(
             unwrap(model)
             raise
     return model
+
+
+def _must_be_device(device: object) -> None:
+    if device is not None and not hasattr(device, "host_bytes"):
+        way = "leave it out for the model's own, or give vdnn.VirtualDevice(…) or vdnn.CudaDevice(…)"
+        raise UsageError(f"device is {device!r}: {way}")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -357,9 +352,9 @@ def report(model: nn.Module) -> EngineReport:
     Raises:
         EngineError: the model is not wrapped.
     """
-    from vdnn.engine import engine_of
+    from vdnn.engine import report_of
 
-    return engine_of(model).report()
+    return report_of(model)
 
 
 def offload(
@@ -375,7 +370,8 @@ def offload(
     from vdnn.policies import must_run
 
     must_run(policy)
-    return offloading(device or CudaDevice(), rule_for(policy, _options(options)), model)
+    _must_be_device(device)
+    return offloading(device or CudaDevice(), rule_for(policy, policy_options(options)), model)
 
 
 def track(model: nn.Module | None = None, optimizer: torch.optim.Optimizer | None = None, **options: Any) -> Tracker:

@@ -25,25 +25,29 @@ def largest_batch(
     """The result at the largest batch that fits, and at the next larger one that was tried and does not.
 
     Args:
-        simulated: the result of a step at a batch; `fits` decides.
+        simulated: the result of a step at a batch; `fits` decides. It raises `InfeasibleError` where there is no plan
+            with which that batch fits; such a batch has no result.
         memory_bytes: what the peaks are compared with when a batch is guessed.
-        limit: no larger batch is tried; the second result is None if this one fits.
+        limit: no larger batch is tried; the second result is None if this one fits, or the next one has no plan.
 
     Raises:
         InfeasibleError: a batch of 1 does not fit, or the smallest that the model can run.
         CaptureError: the model cannot be captured.
     """
     known: dict[int, RunResult] = {}
+    impossible: dict[int, InfeasibleError] = {}
 
     def fits(batch: int) -> bool:
-        if batch not in known:
+        if batch not in known and batch not in impossible:
             try:
                 known[batch] = simulated(batch)
+            except InfeasibleError as error:
+                impossible[batch] = error
             except CaptureError:
-                if batch > min(known, default=0):
+                if batch > min((*known, *impossible), default=0):
                     raise
                 return False  # a larger one ran: this one is too small for the model (batch norm of one value)
-        return bool(known[batch].fits)
+        return batch in known and bool(known[batch].fits)
 
     low, high = 0, limit + 1  # `low` fits (0 always), `high` does not
     batch = min(_FIRST, limit)
@@ -55,7 +59,7 @@ def largest_batch(
         fitted = sum(bool(result.fits) for result in known.values())
         if high <= limit:  # there is one on each side, or there is nothing below yet
             near = high - max(1, high // 8)
-            batch = near if low < near and len(known) == 3 else (low + high) // 2
+            batch = near if low < near and len(known) + len(impossible) == 3 else (low + high) // 2
             batch = max(batch, 1)
         elif fitted == 1:
             batch = min(4 * low, limit)
@@ -63,7 +67,10 @@ def largest_batch(
             line = _meets(known, memory_bytes) if fitted == 2 else low + max(_grain(low), low // 8)
             batch = min(max(line, low + 1), limit)
     if low == 0:
-        one = known[min(known)]
+        least = min((*known, *impossible))
+        if least in impossible:
+            raise impossible[least]
+        one = known[least]
         smallest = "" if one.batch == 1 else ", the smallest that the model runs"
         raise InfeasibleError(
             f"{one.model} does not fit on {one.gpu} under {one.policy} even with a batch of {one.batch}{smallest}: its "

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 from vdnn.checkpointing import blocks_of, checkpoint_blocks
 from vdnn.engine import CudaDevice, Device, Rule, Schedule, VirtualDevice, choose_in_cudnn, what_cudnn_does
-from vdnn.errors import CaptureError, EngineError, InfeasibleError, PlanMismatchError, UsageError
+from vdnn.errors import CaptureError, EngineError, InfeasibleError, PlanMismatchError, UsageError, unknown_name
 from vdnn.measuring.recognition import available_bytes, recognised
 from vdnn.planner import BUDGETED, budgeted_plan, plan_for_budget, scaled_plan
 from vdnn.policies import Options, decide, recomputed_blocks, remarks
@@ -77,9 +77,7 @@ class Decider:
         options: Options,
     ) -> None:
         if optimizer not in OPTIMIZERS:
-            raise UsageError(
-                f"optimizer is {optimizer!r}: it may be {', '.join(OPTIMIZERS)}, whose states are planned for"
-            )
+            raise unknown_name("optimizer", optimizer, OPTIMIZERS)
         self.device = device
         self.machine = machine
         self.policy = policy
@@ -204,7 +202,7 @@ class Decider:
             return self.options.budget_bytes
         if isinstance(self.device, CudaDevice):
             return available_bytes(self.device.torch_device.index) * (100 - _HEADROOM) // 100
-        return self.machine.memory_bytes
+        return self.machine.available_bytes
 
     def _least_time(self, trace: Trace, recomputing: Callable[[], Trace | None]) -> tuple[Plan, bool]:
         """The plan for the budget or the memory there is, and whether it is one for recomputed blocks."""
@@ -328,7 +326,7 @@ def machine_of(device: Device) -> Hardware:
         )
         return replace(
             rates,
-            memory_bytes=device.memory_bytes or rates.memory_bytes,
+            memory_bytes=device.memory_bytes or rates.available_bytes,
             context_bytes=0,  # a virtual device has no CUDA beside
             d2h_bytes_per_s=device.d2h_bytes_per_s,
             h2d_bytes_per_s=device.h2d_bytes_per_s,

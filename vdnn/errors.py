@@ -87,9 +87,19 @@ def unknown_name(what: str, name: str, known: Iterable[str], hint: str = "") -> 
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
     if near:
-        way_out = f"did you mean {' or '.join(near)}?"
+        way_out = f"did you mean {_either(near)}?"
+        if len(names) <= _FEW and len(near) < len(names):
+            way_out += f" (known are {', '.join(names)})"
     elif len(names) <= 20:
         way_out = f"known are {', '.join(names)}"
     else:
         way_out = f"{len(names)} are known, such as {', '.join(names[:5])}"
-    return UsageError(f"unknown {what} {name!r}: {way_out}" + (f"; {hint}" if hint else ""))
+    return UsageError(f"unknown {what} {name!r}: {way_out}" + (f" ({hint})" if hint else ""))
+
+
+# So many names are all told, however near one of them is: the nearest to "tpu" is "virtual".
+_FEW = 6
+
+
+def _either(names: list[str]) -> str:
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))

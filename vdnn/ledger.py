@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from vdnn.units import format_bytes
 from vdnn.values.result import PeakItem
 from vdnn.values.timeline import MemoryEvent, Timeline
 from vdnn.values.trace import Category, Phase
@@ -209,15 +210,15 @@ def notes(items: tuple[PeakItem, ...], peak: int, requested: int | None) -> tupl
     for item in items:
         sums[item.category] += item.nbytes
     activations = sums.pop("activation", 0)
-    parts = ", ".join(f"{category.replace('_', ' ')} {nbytes}" for category, nbytes in sums.most_common())
+    parts = ", ".join(f"{category.replace('_', ' ')} {format_bytes(nbytes)}" for category, nbytes in sums.most_common())
     lines = [
-        f"Offload cannot lower {peak - activations} of the {peak} bytes at the peak"
+        f"Offload cannot lower {format_bytes(peak - activations)} of the {format_bytes(peak)} at the peak"
         + (f": {parts}." if parts else "."),
-        f"Activations are {activations} bytes of it: what the op at the peak uses must stay, the rest can go.",
+        f"Activations are {format_bytes(activations)} of it: what the op at the peak uses must stay, the rest can go.",
     ]
     if requested is not None:
         lines.append(
-            f"The allocator was asked for {requested} bytes at its peak: "
-            f"{requested - peak} are workspaces of kernels and memory of others on the device."
+            f"The allocator was asked for {format_bytes(requested)} at its peak: "
+            f"{format_bytes(requested - peak)} are workspaces of kernels and memory of others on the device."
         )
     return tuple(lines)

@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 from vdnn.engine import CudaDevice, EngineReport, Schedule, VirtualDevice, engine_of, unwrap_model, wrap_model
 from vdnn.errors import UsageError, unknown_name
 from vdnn.models import Work
-from vdnn.reporting import provenance
+from vdnn.reporting import as_text, prediction_table, provenance
 from vdnn.sim import simulate_step
 from vdnn.tracker import track
 from vdnn.units import format_bytes
@@ -79,6 +79,10 @@ class Run:
     def exact(self) -> bool:
         """Whether every output, loss and gradient is `torch.equal` to the one without offload."""
         return not self.differs
+
+    def __str__(self) -> str:
+        losses = ", ".join(f"{loss:.4f}" for loss in self.losses)
+        return f"{as_text(prediction_table(self.predicted, self.measured))}losses: {losses}"
 
 
 def run_policies(
@@ -162,7 +166,7 @@ def train(
     """Train for some steps; with `expected`, compare each step's tensors as they come.
 
     Args:
-        place: "virtual" or "cuda". A virtual device has the memory and the link of `hardware`.
+        place: "virtual" or "cuda". A virtual device has the link of `hardware`, and its memory less CUDA's context.
         progress: is told the number of each step that is done.
 
     Raises:
@@ -242,7 +246,9 @@ def train(
 
 
 def _virtual(hardware: Hardware, seed: int) -> VirtualDevice:
-    return VirtualDevice(hardware.memory_bytes, d2h=hardware.d2h_bytes_per_s, h2d=hardware.h2d_bytes_per_s, seed=seed)
+    return VirtualDevice(
+        hardware.available_bytes, d2h=hardware.d2h_bytes_per_s, h2d=hardware.h2d_bytes_per_s, seed=seed
+    )
 
 
 def _built(work: Work, kind: str, precision: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], Any]:

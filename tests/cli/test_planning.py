@@ -113,17 +113,78 @@ def test_advise_plans_where_the_step_does_not_fit_and_says_what_is_missing_where
     assert small.bound_ns is not None
     assert small.bound_ns <= (small.time_ns or 0)
     assert not tiny.fits
-    assert tiny.needs_bytes > tiny.memory_bytes - card.context_bytes
+    assert tiny.needs_bytes > tiny.available_bytes == 1 << 20
     assert tiny.slowdown is None
 
 
 def test_a_trace_that_is_of_another_step_than_asked_for_is_an_error(chain: str) -> None:
     """The batch size and the model's options were read and left aside: the numbers were those of the trace's batch."""
-    for asked in (("--batch", "7"), ("--precision", "bf16"), ("--optimizer", "adamw"), ("-O", "image_size=64")):
+    for asked in (
+        *(("--batch", "7"), ("--precision", "bf16"), ("--optimizer", "adamw"), ("-O", "image_size=64")),
+        *(("--batch", "32"), ("--precision", "amp"), ("--optimizer", "none")),  # what a command has by default
+    ):
         done = vdnn("simulate", chain, "--gpu", "rtx4090", *asked)
         assert done.returncode == 2, done.stderr
         assert "is a trace" in done.stderr
         assert asked[1] in done.stderr
+    done = vdnn("plan", chain, "--gpu", "rtx4090", "--device", "cpu")
+    assert "is a trace of device cuda, not cpu" in done.stderr
+    assert vdnn("simulate", chain, "--gpu", "rtx4090", "--batch", "256", "--optimizer", "sgd").returncode == 0
+
+
+def test_options_that_no_longer_change_a_plan_are_an_error_beside_it(chain: str, tmp_path: Path) -> None:
+    made = tmp_path / "plan.json"
+    assert vdnn("plan", chain, "--gpu", "rtx4090", "-o", str(made)).returncode == 0
+    done = vdnn("simulate", chain, "--gpu", "rtx4090", "--plan", str(made), "--rules", "event")
+    assert done.returncode == 2
+    assert f"--rules no longer changes the plan in {made}" in done.stderr
+    assert vdnn("simulate", chain, "--gpu", "rtx4090", "--plan", str(made)).returncode == 0
+
+
+def test_every_command_takes_cudas_context_off_the_cards_memory(chain: str) -> None:
+    from vdnn.values import hardware
+
+    card = hardware("rtx4090")
+    row = json.loads(vdnn("advise", chain, "--gpu", "rtx4090", "--json").stdout)[0]
+    assert row["available_bytes"] == card.available_bytes == card.memory_bytes - card.context_bytes
+    assert row["memory_bytes"] == card.memory_bytes
+    left = f"{card.available_bytes / 2**30:.2f}"
+    assert left in vdnn("advise", chain, "--gpu", "rtx4090").stdout
+    shown = vdnn("compare", chain, "--gpu", "rtx4090", "--policy", "vdnn-dyn").stdout
+    assert f"of {left} GiB: fits" in " ".join(shown.split())
+    run = vdnn("run", "demo:cnn", "--batch", "2", "--steps", "2", "--gpu", "rtx4090", "--device", "virtual")
+    assert f"fits by requested bytes in {left} GiB" in " ".join(run.stdout.split())
+
+
+def test_what_is_left_out_of_a_comparison_is_said_once_for_each_reason(tmp_path: Path) -> None:
+    """`checkpoint` and `checkpoint-offload` have one reason, which was printed twice, without their names."""
+    (tmp_path / "mine.py").write_text(
+        "import torch\n\ndef make(batch):\n    return torch.nn.Linear(8, 8), torch.randn(batch, 8)\n"
+    )
+    done = vdnn("compare", "mine.py:make", "--batch", "2", "--gpu", "t4", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if "no repeated blocks" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("vdnn: left out checkpoint, checkpoint-offload")
+    assert "recompute" in done.stdout
+
+
+def test_the_planner_has_a_row_where_the_step_does_not_fit(chain: str, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from vdnn.values import hardware
+
+    card = hardware("rtx4090")
+    small = tmp_path / "small.json"
+    save(replace(card, id="small", memory_bytes=card.context_bytes + (700 << 20)), small)
+    rows = json.loads(vdnn("compare", chain, "--gpu", str(small), "--json").stdout)
+    planned = next(row for row in rows if row["policy"] == "budget")
+    assert not rows[0]["fits"]
+    assert planned["fits"]
+    ours = [row for row in rows if row["fits"] and row["policy"].startswith("vdnn")]
+    assert ours
+    assert planned["iteration_time_ns"] <= min(row["iteration_time_ns"] for row in ours)
+    assert "budget" not in vdnn("compare", chain, "--gpu", "rtx4090").stdout
 
 
 def test_an_explained_plan_has_the_numbers_of_the_step_too(chain: str) -> None:

@@ -14,16 +14,15 @@ from torch import nn
 from torch.nn import functional as F
 
 import vdnn
+from tests.engine.steps import EVERYTHING, GPU, planned, same, trained
 from tests.test_encoding import Everything
 from vdnn.engine import VirtualDevice, engine_of
 from vdnn.engine.encoded import EncodedStorage, windows_of
 from vdnn.errors import DeviceOutOfMemory, EngineError
-from vdnn.policies import Options, decide
-from vdnn.values import Encode, Entry, Plan, Recompute, SavedName, hardware
+from vdnn.policies import decide
+from vdnn.values import Encode, Entry, Plan, Recompute, SavedName
 from vdnn.values.codes import code_bytes
 
-GPU = hardware("rtx4090")
-EVERYTHING = Options(min_bytes=1, keep_soon=False)
 POLICIES = ["encode", "encode-offload"]
 
 
@@ -58,42 +57,8 @@ def made(name: str) -> tuple[nn.Module, torch.Tensor]:
     return make(), torch.randn(shape)
 
 
-def trained(model: nn.Module, x: torch.Tensor, steps: int = 3) -> list[torch.Tensor]:
-    found = []
-    for number in range(steps):
-        torch.manual_seed(number)
-        model.zero_grad()
-        x.grad = None
-        out = model(x)
-        outs = out if isinstance(out, tuple) else (out,)
-        sum(o.square().mean() for o in outs).backward()  # type: ignore[union-attr]
-        found += [
-            *(o.detach().clone() for o in outs),
-            *(p.grad.clone() for p in model.parameters() if p.grad is not None),
-        ]
-        if x.grad is not None:
-            found.append(x.grad.clone())
-        with torch.no_grad():
-            for p in model.parameters():
-                p -= 0.01 * p.grad
-    return [*found, *(b.clone() for b in model.buffers())]
-
-
-def planned(model: nn.Module, x: torch.Tensor, policy: str = "encode") -> Plan:
-    return decide(policy, vdnn.capture(model, x, device="cpu"), GPU, EVERYTHING)
-
-
 def codes(plan: Plan) -> list[Encode]:
     return [entry.action for entry in plan.entries if isinstance(entry.action, Encode)]
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().reshape(-1).clone().view(torch.uint8)
-
-
-def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
-    """Bit for bit, NaN included."""
-    return all(a.dtype is b.dtype and torch.equal(_bytes(a), _bytes(b)) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -427,7 +392,7 @@ def test_encoding_and_recomputing_in_one_plan() -> None:
     """What a cheap module makes from something whole comes again, the rest of what has a code is encoded."""
     expected = trained(*made("everything"))
     model, x = made("everything")
-    coded, plan = planned(model, x), planned(model, x, "recompute")
+    coded, plan = planned(model, x, "encode"), planned(model, x, "recompute")
     sources = {e.action.source for e in plan.entries if isinstance(e.action, Recompute)}
     entries = [
         code

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import vdnn
-from tests.engine.test_blocks import EVERYTHING, GPU, Net, measured, same, trained
+from tests.engine.steps import EVERYTHING, GPU, same, trained
+from tests.engine.test_blocks import Net, measured
 from vdnn.engine import VirtualDevice
 from vdnn.errors import FormatError
 from vdnn.policies import decide

@@ -10,16 +10,14 @@ import torch
 from torch import nn
 
 import vdnn
+from tests.engine.steps import EVERYTHING, GPU, again, or_error, planned, same, trained
 from vdnn.analysis.chains import chains
 from vdnn.analysis.recomputing import recomputed
 from vdnn.engine import Schedule, VirtualDevice, engine_of
 from vdnn.errors import DeviceOutOfMemory, FormatError, PlanMismatchError
-from vdnn.policies import Options, decide
+from vdnn.policies import decide
 from vdnn.sim import simulate_step
-from vdnn.values import Plan, Recompute, hardware
-
-GPU = hardware("rtx4090")
-EVERYTHING = Options(min_bytes=1, keep_soon=False)
+from vdnn.values import Plan, Recompute
 
 
 class Residual(nn.Module):
@@ -76,29 +74,6 @@ def made(name: str) -> tuple[nn.Module, torch.Tensor]:
     return make(), torch.randn(shape)
 
 
-def trained(model: nn.Module, x: torch.Tensor, steps: int = 3) -> list[torch.Tensor]:
-    found = []
-    for number in range(steps):
-        torch.manual_seed(number)
-        model.zero_grad()
-        out = model(x)
-        out.square().mean().backward()
-        found += [out.detach().clone(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
-        with torch.no_grad():
-            for p in model.parameters():
-                p -= 0.01 * p.grad
-    return [*found, *(b.clone() for b in model.buffers())]
-
-
-def planned(model: nn.Module, x: torch.Tensor, policy: str = "recompute") -> Plan:
-    trace = vdnn.capture(model, x, device="cpu")
-    return decide(policy, trace, GPU, EVERYTHING)
-
-
-def again(plan: Plan) -> list[Recompute]:
-    return [entry.action for entry in plan.entries if isinstance(entry.action, Recompute)]
-
-
 def wrapped(model: nn.Module, plan: Plan, device: VirtualDevice | None = None) -> nn.Module:
     return vdnn.wrap(model, plan=plan, device=device or VirtualDevice(seed=1))
 
@@ -114,7 +89,7 @@ def test_every_bit_is_the_same(name: str, policy: str) -> None:
     wrapped(model, plan, device)
     got = trained(model, x)
     device.finish()
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert same(got, expected)
     counts = engine_of(model).offloader.counts
     assert counts.dropped_storages == 3 * len(again(plan))
     assert counts.recomputed_storages == 3 * len(again(plan))
@@ -131,10 +106,10 @@ def test_evaluation_mode_and_autocast(name: str) -> None:
             model, x = made(name)
             model.train(mode)
             if ours:
-                wrapped(model, planned(model, x))
+                wrapped(model, planned(model, x, "recompute"))
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mode):
                 outcomes.append(trained(model, x))
-        assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True)), f"training {mode}"
+        assert same(*outcomes), f"training {mode}"
 
 
 @pytest.mark.parametrize("policy", ["recompute", "recompute-offload"])
@@ -190,14 +165,14 @@ def test_a_hook_that_changes_an_output_keeps_it() -> None:
     for ours in (False, True):
         model, x = made("words")
         assert isinstance(model, nn.Sequential)
-        plan = planned(model, x)
+        plan = planned(model, x, "recompute")
         model[1].register_forward_hook(Doubling())
         if ours:
             wrapped(model, plan)
         outcomes.append(trained(model, x))
         if ours:
             assert any("forward hooks" in text for text in vdnn.report(model).mismatches)
-    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+    assert same(*outcomes)
 
 
 def test_a_hook_that_comes_later_keeps_it_too() -> None:
@@ -206,11 +181,11 @@ def test_a_hook_that_comes_later_keeps_it_too() -> None:
         model, x = made("words")
         assert isinstance(model, nn.Sequential)
         if ours:
-            wrapped(model, planned(model, x))
+            wrapped(model, planned(model, x, "recompute"))
         trained(model, x, 1)
         model[7].register_forward_hook(Doubling())
         outcomes.append(trained(model, x))
-    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+    assert same(*outcomes)
 
 
 class TakesAnother(nn.Module):
@@ -240,23 +215,16 @@ def test_a_step_that_differs_from_the_plan_keeps_what_it_must(way: str) -> None:
         torch.manual_seed(0)
         model, x = TakesAnother(), torch.randn(3, 4, 5)
         if ours:
-            plan = planned(model, x)
+            plan = planned(model, x, "recompute")
             assert again(plan)
             wrapped(model, plan)
         model.way = way
-        outcomes.append(_or_error(lambda model=model, x=x: trained(model, x, 1)))
+        outcomes.append(or_error(lambda model=model, x=x: trained(model, x, 1)))
     if isinstance(outcomes[0], str):
         assert "modified by an inplace operation" in outcomes[0]
         assert outcomes[1] == outcomes[0]
     else:
-        assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
-
-
-def _or_error(run: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor] | str:
-    try:
-        return run()
-    except RuntimeError as error:
-        return str(error).split(":")[0]
+        assert same(*outcomes)
 
 
 def test_a_source_that_was_changed_since_raises_as_eager_does() -> None:
@@ -266,7 +234,7 @@ def test_a_source_that_was_changed_since_raises_as_eager_does() -> None:
         x = torch.randn(3, 4)
         seen: list[torch.Tensor] = []
         if ours:
-            wrapped(model, planned(model, x))
+            wrapped(model, planned(model, x, "recompute"))
         model[0].register_forward_hook(lambda m, a, o, seen=seen: seen.append(o))
         out = model(x).sum()
         with torch.no_grad():
@@ -279,7 +247,7 @@ def test_a_weight_that_was_changed_since_raises() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4))
     x = torch.randn(3, 4)
-    wrapped(model, planned(model, x))
+    wrapped(model, planned(model, x, "recompute"))
     out = model(x).sum()
     with torch.no_grad():
         model[1].weight.add_(1)
@@ -293,7 +261,7 @@ def test_a_weight_that_was_replaced_since_is_the_old_one_in_backward() -> None:
         model, x = made("words")
         assert isinstance(model, nn.Sequential)
         if ours:
-            wrapped(model, planned(model, x))
+            wrapped(model, planned(model, x, "recompute"))
         torch.manual_seed(7)
         out = model(x).sum()
         before = list(model.parameters())
@@ -303,7 +271,7 @@ def test_a_weight_that_was_replaced_since_is_the_old_one_in_backward() -> None:
         assert model[1].weight[0] == 5
         assert not model[1].training
         outcomes.append([p.grad for p in before])
-    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+    assert same(*outcomes)
 
 
 def test_backward_twice_and_of_the_gradient() -> None:
@@ -319,7 +287,7 @@ def test_backward_twice_and_of_the_gradient() -> None:
         found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         out.backward()
         outcomes.append([first.detach(), *found, *(p.grad for p in model.parameters()), x.grad])
-    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+    assert same(*outcomes)
 
 
 class Fragile(nn.Module):
@@ -345,7 +313,7 @@ def test_a_module_that_fails_in_backward_leaves_nothing_behind(mood: str, error:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), fragile, nn.Linear(4, 4))
     torch.randn(3, 4)
-    plan = planned(model, x)
+    plan = planned(model, x, "recompute")
     assert again(plan)
     device = VirtualDevice()
     wrapped(model, plan, device)
@@ -357,13 +325,13 @@ def test_a_module_that_fails_in_backward_leaves_nothing_behind(mood: str, error:
         fragile.mood[0] = ""
         del out
         got = trained(model, x, 1)
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert same(got, expected)
 
 
 def test_no_room_to_compute_it_again_is_out_of_memory_and_the_next_step_is_exact() -> None:
     expected = trained(*made("images"), 1)
     model, x = made("images")
-    plan = planned(model, x)
+    plan = planned(model, x, "recompute")
     device = VirtualDevice(memory="1GiB")
     wrapped(model, plan, device)
     with device:

@@ -225,7 +225,7 @@ def test_hardware_is_listed_with_units():
         20 * 10**9, 8000, 5000, 2000, (), (),
     )  # fmt: skip
     text = as_text(hardware_table([machine]), 120)
-    assert ["x1", "Example X1", "12.0", "6.0", "6.0", "336.0", "12.0", "12.0", "20.0"] in cells(text)
+    assert ["x1", "Example X1", "12.0", "12.0", "6.0", "6.0", "336.0", "12.0", "12.0", "20.0"] in cells(text)
     assert "[GiB]" in text
 
 

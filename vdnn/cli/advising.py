@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from vdnn.cli.arguments import (
+    DRAWN,
     Batch,
+    Figure,
     Force,
     Json,
     Model,
@@ -18,7 +19,10 @@ from vdnn.cli.arguments import (
     Optimizer,
     Precision,
     busy,
+    must_be_free,
+    show,
     trace_of,
+    typed,
 )
 from vdnn.errors import UsageError
 from vdnn.values import hardware, preset_ids
@@ -27,6 +31,7 @@ __all__ = ["advise"]
 
 
 def advise(
+    context: typer.Context,
     model: Model,
     batch: Batch = "32",
     gpu: Annotated[list[str] | None, typer.Option(help="A GPU; again for another. Default: all presets.")] = None,
@@ -35,24 +40,23 @@ def advise(
     options: ModelOptions = None,
     no_cache: NoCache = False,
     as_json: Json = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw it: NAME.png, .svg or .pdf.")] = None,
+    figure: Figure = None,
     force: Force = False,
 ) -> None:
     """Say on which GPUs a training step fits, with what plan, and what that costs.
 
-    Example: vdnn advise torchvision:resnet50 --batch 256 --plot resnet50-gpus.png
+    Example: vdnn advise torchvision:resnet50 --batch 256 --figure resnet50-gpus.png
     """
     from dataclasses import fields
 
     from vdnn.advising import Advice
     from vdnn.advising import advise as advices
     from vdnn.policies import model_options as options_of
-    from vdnn.reporting import advice_table, as_text, result_rows
+    from vdnn.reporting import advice_table, result_rows
 
     machines = [hardware(name) for name in gpu or preset_ids()]
-    if plot is not None and plot.exists() and not force:
-        raise UsageError(f"{plot} exists: give another name, or --force to overwrite it")
-    trace = trace_of(model, batch, precision, optimizer, options, no_cache=no_cache)
+    must_be_free(figure, force, DRAWN)
+    trace = trace_of(model, batch, precision, optimizer, options, no_cache=no_cache, asked=typed(context))
     blocks = None
     if not model.endswith((".json", ".json.gz")) and options_of("checkpoint"):
         try:
@@ -74,8 +78,8 @@ def advise(
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
     else:
-        typer.echo(as_text(advice_table(rows, title), width=110), nl=False)
-    if plot is not None:
+        show(advice_table(rows, title), width=110)
+    if figure is not None:
         from vdnn.reporting.plots import advice_figure, save_figure
 
-        typer.echo(f"Wrote {save_figure(advice_figure(rows, title), plot)}", err=True)
+        typer.echo(f"Wrote {save_figure(advice_figure(rows, title), figure)}", err=True)

@@ -79,13 +79,14 @@ def _kind(file: Path) -> str:
 
 def show_pairs(pairs: Sequence[Pair], as_json: bool, figure: Path | None, band: float) -> None:
     """The pairs as a table or JSON, and drawn predicted against measured."""
-    from vdnn.reporting import as_text, difference_rows, differences, predictions_table
+    from vdnn.cli.arguments import show
+    from vdnn.reporting import difference_rows, differences, predictions_table
 
     if as_json:
         rows = [difference_rows(ours, theirs, differences(ours, theirs)) for ours, theirs in pairs]
         typer.echo(json.dumps(rows, indent=1))
     else:
-        typer.echo(as_text(predictions_table(pairs)), nl=False)
+        show(predictions_table(pairs))
     if figure is not None:
         from vdnn.reporting.plots import prediction_figure, save_figure
 

@@ -65,7 +65,7 @@ def fit(
 
     from vdnn.fidelity.times import fitted_text, summary_lines
 
-    must_be_free(output, force)
+    must_be_free(output, force, (".toml",))
     console = Console(stderr=True)
     with console.status("reading …") as status:
         study(

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from vdnn import api
+from vdnn.choosing import BUDGET, must_be_policy
 from vdnn.cli.arguments import (
+    DRAWN,
     Algorithms,
     Batch,
     Budget,
+    Figure,
     Force,
     Gpu,
     Gpus,
@@ -20,27 +25,32 @@ from vdnn.cli.arguments import (
     HostMemory,
     Json,
     Model,
+    ModelName,
     ModelOptions,
     NoCache,
     Optimizer,
     Output,
+    Policies,
     Policy,
     Precision,
     RecipeParts,
     Regime,
     Rules,
+    TraceDevice,
     busy,
     model_options,
     must_be_free,
     must_be_one,
     node_of,
+    show,
     show_results,
     trace_of,
+    typed,
     write_value,
 )
 from vdnn.cli.beside import measured_pairs, show_pairs
 from vdnn.errors import InfeasibleError, UsageError
-from vdnn.values import Plan, Trace, hardware
+from vdnn.values import Plan, RunResult, Trace, hardware
 from vdnn.values import load as load_value
 
 __all__ = ["capture", "compare", "max_batch", "plan", "simulate"]
@@ -49,12 +59,12 @@ BAND = 0.1  # of the figure of measured results: what is wished of a prediction 
 
 
 def capture(
-    model: Model,
+    model: ModelName,
     output: Annotated[Path, typer.Option("-o", "--output", help="The trace's file: NAME.json or NAME.json.gz.")],
     batch: Batch = "32",
     precision: Precision = "fp32",
     optimizer: Optimizer = "none",
-    device: Annotated[str, typer.Option(help="cuda, or cpu for the virtual device.")] = "cuda",
+    device: TraceDevice = "cuda",
     options: ModelOptions = None,
     recipe: RecipeParts = None,
     no_cache: NoCache = False,
@@ -65,10 +75,13 @@ def capture(
     Example: vdnn capture torchvision:resnet50 --batch 64 -o resnet50.json.gz
     """
     must_be_free(output, force)
+    if model.endswith((".json", ".json.gz")):
+        raise UsageError(f"{model} is a file, and a model is captured: name it like torchvision:resnet50")
     write_value(trace_of(model, batch, precision, optimizer, options, device, no_cache, parts=recipe), output)
 
 
 def plan(
+    context: typer.Context,
     model: Model,
     gpu: Gpu,
     policy: Policy = "",
@@ -79,7 +92,7 @@ def plan(
     rules: Rules = "event",
     regime: Regime = "pytorch",
     algorithms: Algorithms = "",
-    device: Annotated[str, typer.Option(help="cuda, or cpu for `vdnn run` on the virtual device.")] = "cuda",
+    device: TraceDevice = "cuda",
     options: ModelOptions = None,
     recipe: RecipeParts = None,
     no_cache: NoCache = False,
@@ -94,12 +107,13 @@ def plan(
 
     Example: vdnn plan torchvision:resnet50 --batch 128 --gpu rtx4090 --precision amp --budget 4GiB --explain
     """
-    from vdnn.reporting import as_rows, as_text, explained, explanation, plan_report, plan_rows, result_rows
+    from vdnn.reporting import as_rows, explained, explanation, plan_head, plan_report, plan_rows, result_rows
 
     must_be_free(output, force)
     must_be_one(policy=policy, budget=budget)
     hardware(gpu)
-    trace = trace_of(model, batch, precision, optimizer, options, device, no_cache, policy, recipe)
+    wanted = (model, batch, precision, optimizer, options, device, no_cache)
+    trace = trace_of(*wanted, policy, recipe, asked=typed(context))
     how: dict[str, Any] = {"rules": rules, "regime": regime, "algorithms": algorithms}
     made = api.plan(trace, gpu, policy, budget=budget or None, **how)
     if explain:
@@ -111,17 +125,18 @@ def plan(
     if as_json:
         numbers: dict[str, Any] = {}
         if explain:
-            plain = trace_of(model, batch, precision, optimizer, options, device, no_cache, parts=recipe)
+            plain = trace_of(*wanted, parts=recipe)
             baseline = api.plan(plain, gpu, "none", **how)
             without = api.simulate(plain, baseline, gpu, memory_limit=made.budget_bytes, regime=regime)
             numbers = result_rows([result], without)[0]
-        typer.echo(json.dumps({**numbers, "notes": list(made.notes), "entries": as_rows(rows)}, indent=1))
+        typer.echo(json.dumps({**plan_head(made), **numbers, "entries": as_rows(rows)}, indent=1))
     else:
-        typer.echo(as_text(table, width=130 if explain else 100), nl=False)
+        show(table, width=130 if explain else 100)
     write_value(made, output)
 
 
 def simulate(
+    context: typer.Context,
     model: Model,
     gpu: Gpu,
     policy: Policy = "",
@@ -153,16 +168,15 @@ def simulate(
     """
     must_be_free(output, force)
     must_be_free(perfetto, force)
-    if memory_snapshot is not None and memory_snapshot.exists() and not force:
-        raise UsageError(f"{memory_snapshot} exists: give another name, or --force to overwrite it")
-    must_be_one(policy=policy, budget=budget, plan=plan_file)
+    must_be_free(memory_snapshot, force, ())
+    must_be_one(policy=policy, budget=budget, plan=plan_file, asked=typed(context))
     hardware(gpu)
     node = node_of(gpus, gpus_per_link, host_memory)
     made = load_value(plan_file, "plan") if plan_file is not None else None
-    asked = (model, batch, precision, optimizer, options, "cuda", no_cache)
+    wanted = (model, batch, precision, optimizer, options, "cuda", no_cache)
     seen: dict[str, Trace] = {}
-    plain = trace_of(*asked, parts=recipe, seen=seen)
-    trace = trace_of(*asked, policy, recipe, seen)
+    plain = trace_of(*wanted, parts=recipe, seen=seen, asked=typed(context))
+    trace = trace_of(*wanted, policy, recipe, seen)
     how: dict[str, Any] = {"rules": rules, "regime": regime, "algorithms": algorithms, "node": node}
     if made is None:
         made = api.plan(trace, gpu, policy or ("" if budget else "none"), budget=budget or None, **how)
@@ -200,11 +214,10 @@ def simulate(
 
 
 def compare(
+    context: typer.Context,
     model: Model = "",
     gpu: Gpu = "",
-    policy: Annotated[
-        list[str] | None, typer.Option("--policy", "--policies", help="A policy; again for another. Default: all.")
-    ] = None,
+    policy: Policies = None,
     batch: Batch = "32",
     precision: Precision = "fp32",
     optimizer: Optimizer = "none",
@@ -221,7 +234,7 @@ def compare(
     measured: Annotated[
         list[Path] | None, typer.Option(help="Measured results beside the predictions: a file or a folder; again.")
     ] = None,
-    figure: Annotated[Path | None, typer.Option(help="Draw the comparison: NAME.png, .svg or .pdf.")] = None,
+    figure: Figure = None,
     force: Force = False,
 ) -> None:
     """Predict one training step under several policies, from one capture; or hold measured results beside predictions.
@@ -229,34 +242,33 @@ def compare(
     Example: vdnn compare --measured results/demo/runs --figure prediction.png
     Example: vdnn compare paper:vgg16 --batch 128 --gpu titan-x --regime paper --policies all --figure vgg16.png
     """
-    from vdnn.policies import Options, distinct, find, names
+    from vdnn.policies import Options, distinct, names
 
-    if figure is not None and figure.exists() and not force:
-        raise UsageError(f"{figure} exists: give another name, or --force to overwrite it")
+    must_be_free(figure, force, DRAWN)
     if measured and not model:
         show_pairs(measured_pairs(measured), as_json, figure, BAND)
         return
     if not model or not gpu:
         raise UsageError("name a MODEL and its --gpu to compare policies, or give --measured results")
-    if policy == ["all"]:
-        policy = None
     how: dict[str, Any] = {"rules": rules, "regime": regime, "algorithms": algorithms}
     node = node_of(gpus, gpus_per_link, host_memory)
-    chosen = policy or distinct(names(), Options(**how))
-    for name in chosen:
-        find(name)
+    wanted = (model, batch, precision, optimizer, options, "cuda", no_cache)
+    chosen = None if policy in (None, ["all"]) else policy
+    for name in chosen or ():
+        must_be_policy(name)
     hardware(gpu)
-    results = []
+    results: list[RunResult] = []
     seen: dict[str, Trace] = {}
-    for name in ["none", *(name for name in chosen if name != "none")]:
-        try:
-            trace = trace_of(model, batch, precision, optimizer, options, "cuda", no_cache, name, recipe, seen)
+    left_out = LeftOut(chosen)
+    compared = ["none", *(name for name in chosen or distinct(names(), Options(**how)) if name != "none")]
+    for name in compared:
+        with left_out.unless_it_can_be(name):
+            trace = trace_of(*wanted, name, recipe, seen, typed(context))
             made = api.plan(trace, gpu, name, node=node, **how)
             results.append(api.simulate(trace, made, gpu, regime=regime, node=node))
-        except (UsageError, InfeasibleError) as error:
-            if policy or name == "none":
-                raise
-            typer.echo(f"vdnn: left out: {error}", err=True)
+        if name == "none" and chosen is None and regime == "pytorch" and not results[0].fits:
+            compared.append(BUDGET)  # where the step fits it is the same as none
+    left_out.tell()
     if measured:
         show_pairs(measured_pairs(measured, results), as_json, figure, BAND)
         return
@@ -268,9 +280,9 @@ def compare(
 
 
 def max_batch(
-    model: Model,
+    model: ModelName,
     gpu: Gpu,
-    policy: Annotated[list[str] | None, typer.Option(help="A policy; again for another. Default: all.")] = None,
+    policy: Policies = None,
     memory: Annotated[str, typer.Option(help="Device memory, 12GiB, instead of the GPU's.")] = "",
     precision: Precision = "fp32",
     optimizer: Optimizer = "sgd",
@@ -280,31 +292,56 @@ def max_batch(
 ) -> None:
     """Find the largest batch that fits under each policy, and what a sample then takes.
 
+    Under "budget" it is the largest that the planner makes fit.
+
     Example: vdnn max-batch torchvision:resnet50 --gpu rtx4090 --precision amp
     """
-    from vdnn.policies import Options, distinct, find, names
-    from vdnn.reporting import as_text, batches_table, result_rows
+    from vdnn.policies import Options, distinct, names
+    from vdnn.reporting import batches_table, result_rows
 
-    chosen = policy or distinct(names(), Options())
-    for name in chosen:
-        find(name)
+    chosen = None if policy in (None, ["all"]) else policy
+    for name in chosen or ():
+        must_be_policy(name)
     hardware(gpu)
     if model.endswith((".json", ".json.gz")):
         raise UsageError(f"{model} is a trace of one batch: name the model, it is captured at several")
-    results, traces = [], {}  # type: ignore[var-annotated]
-    for name in sorted(chosen, key=lambda name: name != "none"):
-        try:
-            with busy(f"looking for the largest batch of {model} under {name}"):
-                best, _ = api.max_batch(
-                    model, gpu, name, memory=memory or None, precision=precision, optimizer=optimizer,
-                    model_options=model_options(options), traces=traces, rules=rules,
-                )  # fmt: skip
+    results: list[RunResult] = []
+    traces: dict[Any, Trace] = {}
+    left_out = LeftOut(chosen)
+    for name in sorted(chosen or (*distinct(names(), Options()), BUDGET), key=lambda name: name != "none"):
+        with left_out.unless_it_can_be(name), busy(f"looking for the largest batch of {model} under {name}"):
+            best, _ = api.max_batch(
+                model, gpu, name, memory=memory or None, precision=precision, optimizer=optimizer,
+                model_options=model_options(options), traces=traces, rules=rules,
+            )  # fmt: skip
             results.append(best)
-        except (UsageError, InfeasibleError) as error:
-            if policy or (name == "none" and isinstance(error, UsageError)):
-                raise
-            typer.echo(f"vdnn: left out: {error}", err=True)
+    left_out.tell()
+    if not results:
+        raise InfeasibleError(f"under no policy does {model} fit on {gpu}: take a larger GPU, or a smaller model")
     if as_json:
         typer.echo(json.dumps(result_rows(results), indent=1))
     else:
-        typer.echo(as_text(batches_table(results)), nl=False)
+        show(batches_table(results))
+
+
+class LeftOut:
+    """Policies that cannot be compared, by why: an error where they were named, else one line for each reason."""
+
+    def __init__(self, named: list[str] | None) -> None:
+        self.named = named
+        self.why: dict[str, list[str]] = {}
+
+    @contextlib.contextmanager
+    def unless_it_can_be(self, name: str) -> Iterator[None]:
+        """What is tried for a policy; a model that cannot be loaded at all fails under "none" already."""
+        try:
+            yield
+        except (UsageError, InfeasibleError) as error:
+            if self.named or (name == "none" and isinstance(error, UsageError)):
+                raise
+            self.why.setdefault(str(error), []).append(name)
+
+    def tell(self) -> None:
+        """Say on stderr what was left out."""
+        for why, names in self.why.items():
+            typer.echo(f"vdnn: left out {', '.join(names)}: {why}", err=True)

@@ -18,7 +18,8 @@ from vdnn.cli.arguments import (
     Force,
     Gpu,
     Json,
-    Model,
+    MinBytes,
+    ModelName,
     ModelOptions,
     Optimizer,
     Output,
@@ -29,6 +30,8 @@ from vdnn.cli.arguments import (
     model_options,
     must_be_free,
     must_be_one,
+    show,
+    typed,
     write_value,
 )
 from vdnn.errors import EngineError, UsageError
@@ -39,7 +42,8 @@ __all__ = ["experiment", "run"]
 
 
 def run(
-    model: Model,
+    context: typer.Context,
+    model: ModelName,
     gpu: Gpu,
     policy: Policy = "",
     budget: Budget = "",
@@ -50,7 +54,7 @@ def run(
     precision: Precision = "fp32",
     optimizer: Optimizer = "sgd",
     rules: Rules = "event",
-    min_bytes: Annotated[str, typer.Option(help="Smaller storages stay: 1MiB, 64KiB.")] = "1MiB",
+    min_bytes: MinBytes = "1MiB",
     seed: Annotated[int, typer.Option(help="Of weights, dropout and the virtual device.")] = 0,
     options: ModelOptions = None,
     as_json: Json = False,
@@ -59,16 +63,16 @@ def run(
 ) -> None:
     """Train some steps with and without offload: are the tensors equal, did it fit, was the prediction right?
 
-    Without a GPU it runs on a virtual device with the memory and the link of the GPU named.
+    Without a GPU it runs on a virtual device with the memory (less CUDA's context) and the link of the GPU named.
 
     Example: vdnn run demo:cnn --batch 16 --gpu rtx4090 --policy vdnn-conv
     """
-    from vdnn.reporting import as_text, difference_rows, differences, prediction_table, result_rows
+    from vdnn.reporting import difference_rows, differences, prediction_table, result_rows
     from vdnn.training import find_place
     from vdnn.units import parse_size
 
     must_be_free(output, force)
-    must_be_one(policy=policy, budget=budget, plan=plan_file)
+    must_be_one(policy=policy, budget=budget, plan=plan_file, asked=typed(context))
     machine = hardware(gpu)
     find_place(device)
     if model.endswith((".json", ".json.gz")):
@@ -98,7 +102,7 @@ def run(
         row |= {"predicted": beside["predicted"], "differences": beside["differences"]}
         typer.echo(json.dumps(row, indent=1))
     else:
-        typer.echo(as_text(prediction_table(done.predicted, done.measured)), nl=False)
+        show(prediction_table(done.predicted, done.measured))
         typer.echo(f"losses: {', '.join(f'{loss:.4f}' for loss in done.losses)}")
     write_value(done.measured, output)
     if not done.exact:

@@ -7,7 +7,7 @@ from vdnn.engine.device import Device
 from vdnn.engine.offloader import Offloader
 from vdnn.engine.schedule import Rule, Schedule
 from vdnn.engine.virtual import VirtualDevice
-from vdnn.engine.wrapping import Engine, engine_of, offloading, unwrap_model, wrap_model
+from vdnn.engine.wrapping import Engine, engine_of, leave_model, offloading, report_of, unwrap_model, wrap_model
 
 __all__ = [
     "Counts",
@@ -21,7 +21,9 @@ __all__ = [
     "VirtualDevice",
     "choose_in_cudnn",
     "engine_of",
+    "leave_model",
     "offloading",
+    "report_of",
     "unwrap_model",
     "what_cudnn_does",
     "wrap_model",

@@ -42,40 +42,55 @@ class EngineReport:
 
     device: str
     policy: str
-    passes: int
-    packs: int
-    offloaded_storages: int
-    offloaded_bytes: int
-    prefetched_storages: int
-    fetched_storages: int
-    returned_bytes: int
-    encoded_storages: int
-    encoded_bytes: int
-    code_bytes: int
-    dropped_storages: int
-    dropped_bytes: int
-    host_full: int
-    host_used_bytes: int
-    host_peak_bytes: int
-    host_reserved_bytes: int
-    host_pinned_bytes: int
-    host_allocations: int
-    mismatches: tuple[str, ...]
-    notes: tuple[str, ...]
+    passes: int = 0
+    packs: int = 0
+    offloaded_storages: int = 0
+    offloaded_bytes: int = 0
+    prefetched_storages: int = 0
+    fetched_storages: int = 0
+    returned_bytes: int = 0
+    encoded_storages: int = 0
+    encoded_bytes: int = 0
+    code_bytes: int = 0
+    dropped_storages: int = 0
+    dropped_bytes: int = 0
+    host_full: int = 0
+    host_used_bytes: int = 0
+    host_peak_bytes: int = 0
+    host_reserved_bytes: int = 0
+    host_pinned_bytes: int = 0
+    host_allocations: int = 0
+    mismatches: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         passes = max(self.passes, 1)
         lines = [
-            f"vdnn on {self.device}, policy {self.policy}, {self.passes} passes",
-            f"  saved tensors      {self.packs // passes} a pass",
-            f"  offloaded          {self.offloaded_storages // passes} storages, "
-            f"{format_bytes(self.offloaded_bytes // passes)} a pass",
-            f"  came back          {format_bytes(self.returned_bytes // passes)} a pass: "
-            f"{self.prefetched_storages // passes} storages prefetched, {self.fetched_storages // passes} on demand",
-            f"  host memory        {format_bytes(self.host_peak_bytes)} at most, "
-            f"{format_bytes(self.host_reserved_bytes)} reserved in {self.host_allocations} allocations so far, "
-            f"{format_bytes(self.host_pinned_bytes)} of it pinned, {format_bytes(self.host_used_bytes)} in use now",
+            f"vdnn on {self.device}, policy {self.policy}, {self.passes} {'pass' if self.passes == 1 else 'passes'}"
         ]
+        if self.packs:
+            lines.append(f"  saved tensors      {self.packs // passes} a pass")
+        elif self.passes:
+            lines.append("  saved tensors      all stay, and none was looked at")
+        elif not self.notes:
+            lines.append("  no training step so far; what moves is decided at the first one")
+        if self.offloaded_storages:
+            lines += [
+                f"  offloaded          {self.offloaded_storages // passes} storages, "
+                f"{format_bytes(self.offloaded_bytes // passes)} a pass",
+                f"  came back          {format_bytes(self.returned_bytes // passes)} a pass: "
+                f"{self.prefetched_storages // passes} storages prefetched, "
+                f"{self.fetched_storages // passes} on demand",
+            ]
+        elif self.packs:
+            lines.append("  offloaded          nothing")
+        if self.host_allocations:
+            lines.append(
+                f"  host memory        of all models on this device: {format_bytes(self.host_peak_bytes)} at most, "
+                f"{format_bytes(self.host_reserved_bytes)} reserved in {self.host_allocations} "
+                f"allocation{'' if self.host_allocations == 1 else 's'} so far, "
+                f"{format_bytes(self.host_pinned_bytes)} of it pinned, {format_bytes(self.host_used_bytes)} in use now"
+            )
         if self.encoded_storages:
             lines.append(
                 f"  encoded            {self.encoded_storages // passes} storages a pass, "

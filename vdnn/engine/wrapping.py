@@ -29,11 +29,14 @@ from vdnn.engine.schedule import Rule, Schedule
 from vdnn.engine.untouched import storage_keys
 from vdnn.errors import EngineError
 
-__all__ = ["Engine", "Offloading", "engine_of", "offloading", "unwrap_model", "wrap_model"]
+__all__ = ["Engine", "Offloading", "engine_of", "leave_model", "offloading", "report_of", "unwrap_model", "wrap_model"]
 
 ScheduleFor = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Schedule]
 
 _ENGINES: weakref.WeakKeyDictionary[nn.Module, Engine] = weakref.WeakKeyDictionary()
+
+# Models that were wrapped where nothing can be offloaded: without an engine, reported and unwrapped all the same.
+_IDLE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class _Calls(ModuleCalls):
@@ -95,7 +98,7 @@ class Engine:
         host = self.offloader.device.host_bytes()
         return EngineReport(
             device=self.offloader.device.name,
-            policy=plan.policy if plan else "by rule",
+            policy=plan.policy if plan else "by rule" if self.last else "not decided",
             passes=counts.passes,
             packs=counts.packs,
             offloaded_storages=counts.offloaded_storages,
@@ -211,7 +214,13 @@ def wrap_model(model: nn.Module, device: Device, schedule_for: ScheduleFor) -> E
             )
     engine = Engine(model, device, schedule_for)
     _ENGINES[model] = engine
+    _IDLE.discard(model)
     return engine
+
+
+def leave_model(model: nn.Module) -> None:
+    """Leave a model as it is, where nothing can be offloaded, so that its report says so."""
+    _IDLE.add(model)
 
 
 def unwrap_model(model: nn.Module) -> None:
@@ -220,6 +229,9 @@ def unwrap_model(model: nn.Module) -> None:
     Raises:
         EngineError: it is not wrapped.
     """
+    if model in _IDLE:
+        _IDLE.discard(model)
+        return
     engine = _ENGINES.pop(model, None)
     if engine is None:
         raise EngineError(f"this {type(model).__name__} is not wrapped: there is nothing to undo")
@@ -236,6 +248,20 @@ def engine_of(model: nn.Module) -> Engine:
     if engine is None:
         raise EngineError(f"this {type(model).__name__} is not wrapped: wrap it first (vdnn.wrap)")
     return engine
+
+
+def report_of(model: nn.Module) -> EngineReport:
+    """What the engine did to a model so far, or why there is none on it.
+
+    Raises:
+        EngineError: it is not wrapped.
+    """
+    if model in _IDLE:
+        why = (
+            "the model was on the CPU when it was wrapped: offload is inactive, move it to its device and wrap it again"
+        )
+        return EngineReport("cpu", "none", notes=(why,))
+    return engine_of(model).report()
 
 
 def offloading(device: Device, rule: Rule, model: nn.Module | None = None) -> Offloading:

@@ -18,7 +18,7 @@ from vdnn.policies import (
 )
 from vdnn.policies.checkpoint import recomputed_blocks
 from vdnn.policies.options import Options
-from vdnn.policies.registry import Policy, decide, distinct, find, model_options, must_run, names
+from vdnn.policies.registry import Policy, decide, distinct, find, model_options, must_run, names, summary
 from vdnn.policies.remarks import remarks
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "recompute",
     "recomputed_blocks",
     "remarks",
+    "summary",
     "vdnn_all",
     "vdnn_conv",
     "vdnn_dyn",

@@ -56,7 +56,7 @@ def _blocks(trace: Trace, policy: str) -> set[int]:
 
 @register("checkpoint", checkpoint="blocks")
 def checkpoint(trace: Trace, hardware: Hardware, options: Options) -> Plan:
-    """Keeps what the step saves: the blocks' inputs, and what is outside of blocks."""
+    """Runs the model's repeated blocks again (torch's checkpoint); keeps their inputs, and what is outside of them."""
     blocks = _blocks(trace, "checkpoint")
     why = dict.fromkeys((t.storage for t in trace.saved), "recomputation is what this policy does")
     return make_plan("checkpoint", trace, options, {}, why, notes=(f"recomputes {len(blocks)} blocks",))

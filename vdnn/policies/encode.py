@@ -29,7 +29,7 @@ _WHY = "backward needs no more of it"
 
 @register("encode")
 def encode(trace: Trace, hardware: Hardware, options: Options) -> Plan:
-    """Keeps codes on the device, and offloads nothing."""
+    """Keeps codes (a sign, a mask, an index) in place of what they stand for, and offloads nothing."""
     saved = survey(trace, options)
     coded = _coded(trace, saved)
     kept = {item.storage: item.why or "a node of backward needs its values" for item in saved}

@@ -50,9 +50,11 @@ def offload_maps(
                 kept[storage] = f"needed before its copy out over the link of {hardware.id} could be over"
             wanted = [item for item in wanted if item.storage not in kept]
         offloaded, inflight = event_actions(trace, wanted, options)
+    sizes = [item.nbytes for item in saved if item.why == "" or trace.storages[item.storage].category == "activation"]
+    in_all = f"{format_bytes(sum(sizes))} of saved feature maps"
     moved = sum(item.nbytes for item in wanted)
-    in_all = sum(
-        item.nbytes for item in saved if item.why == "" or trace.storages[item.storage].category == "activation"
-    )
-    share = f"offloads {format_bytes(moved)} in {len(wanted)} storages of {format_bytes(in_all)} of saved feature maps"
+    share = f"offloads {format_bytes(moved)} in {len(wanted)} storages of {in_all}"
+    if not wanted:
+        small = max(sizes, default=0) < options.min_bytes
+        share = f"offloads none of {in_all}" + (f": each is below {format_bytes(options.min_bytes)}" if small else "")
     return make_plan(policy, trace, options, offloaded, kept, inflight, (*notes, f"{share}, {options.rules} rules"))

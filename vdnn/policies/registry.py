@@ -13,7 +13,7 @@ from vdnn.values.hardware import Hardware
 from vdnn.values.plan import Plan
 from vdnn.values.trace import Trace
 
-__all__ = ["Policy", "decide", "distinct", "find", "model_options", "must_run", "names", "register"]
+__all__ = ["Policy", "decide", "distinct", "find", "model_options", "must_run", "names", "register", "summary"]
 
 Policy = Callable[[Trace, Hardware, Options], Plan]
 _POLICIES: dict[str, Policy] = {}
@@ -69,6 +69,15 @@ def distinct(names: Iterable[str], options: Options) -> list[str]:
 def names() -> tuple[str, ...]:
     """The policies there are."""
     return tuple(sorted(_POLICIES))
+
+
+def summary(name: str) -> str:
+    """What a policy does, in a sentence: the first line of its docstring.
+
+    Raises:
+        UsageError: no such policy.
+    """
+    return (find(name).__doc__ or "").partition("\n")[0]
 
 
 def find(name: str) -> Policy:

@@ -6,7 +6,7 @@ from vdnn.analysis.encoding import planned
 from vdnn.analysis.liveness import op_text, peak
 from vdnn.analysis.moments import MOVABLE, Points, resolve
 from vdnn.units import format_bytes
-from vdnn.values.plan import Offload, Plan
+from vdnn.values.plan import Keep, Offload, Plan
 from vdnn.values.trace import Trace
 
 __all__ = ["remarks"]
@@ -18,11 +18,16 @@ _NAMED = 3
 
 def remarks(trace: Trace, plan: Plan) -> tuple[str, ...]:
     """Sentences for the log and the report; none where offload does what one expects of it."""
-    return tuple(line for line in (_held(trace), _elsewhere(trace, plan)) if line)
+    return tuple(line for line in (_held(trace, plan), _elsewhere(trace, plan)) if line)
 
 
-def _held(trace: Trace) -> str:
-    """Saved feature maps that others hold until backward, so that a copy on the host frees nothing."""
+def _held(trace: Trace, plan: Plan) -> str:
+    """Saved feature maps that others hold until backward, so that a copy on the host frees nothing.
+
+    Those that are too small to move stay whoever holds them, and a step that fits as it is asks for none.
+    """
+    if plan.policy == "budget" and all(isinstance(entry.action, Keep) for entry in plan.entries):
+        return ""
     points = Points(trace)
     first: dict[int, int] = {}  # storage -> its first saved tensor, of a module below the model if there is one
     for number, tensor in enumerate(trace.saved):
@@ -32,7 +37,8 @@ def _held(trace: Trace) -> str:
     maps = [storage for storage in first if trace.storages[storage].category in MOVABLE]
     # the step's own inputs are the training loop's to hold
     held = sorted(
-        (s for s in maps if trace.storages[s].held not in ("", "input")), key=lambda s: -trace.storages[s].nbytes
+        (s for s in maps if trace.storages[s].held not in ("", "input") and trace.storages[s].nbytes >= plan.min_bytes),
+        key=lambda s: -trace.storages[s].nbytes,
     )
     nbytes = sum(trace.storages[s].nbytes for s in held)
     if nbytes == 0 or nbytes < _SHARE * sum(trace.storages[s].nbytes for s in maps):
@@ -60,9 +66,10 @@ def _elsewhere(trace: Trace, plan: Plan) -> str:
         f"{item.category.replace('_', ' ')} {format_bytes(item.nbytes)}" + (f" of {item.module}" if item.module else "")
         for item in after.items[:_NAMED]
     )
+    was, now = format_bytes(before.nbytes), format_bytes(after.nbytes)
     change = (
-        f"only from {format_bytes(before.nbytes)} to {format_bytes(after.nbytes)}"
-        if after.nbytes <= before.nbytes
-        else f"not at all: it rises from {format_bytes(before.nbytes)} to {format_bytes(after.nbytes)}"
+        f"only from {was} to {now}" if after.nbytes < before.nbytes else f"not at all: it rises from {was} to {now}"
     )
+    if was == now:
+        change = f"of {was} not at all"
     return f"this offload lowers the peak {change}; it lies at {op_text(step, after.op)}, filled by {filling}"

@@ -57,7 +57,7 @@ def decide_dyn(trace: Trace, hardware: Hardware, options: Options) -> Decision:
 
 @register("vdnn-dyn")
 def vdnn_dyn(trace: Trace, hardware: Hardware, options: Options) -> Plan:
-    """The plan of the pass that was adopted; its notes are the log of the decision."""
+    """Offloads as little as fits: nothing, what convolutions save, or all; its notes are the log of the decision."""
     return decide_dyn(trace, hardware, options).plan
 
 
@@ -76,9 +76,9 @@ class _Passes:
         if not self._fits(1, "all(m)"):
             over = self._most("all(m)", self._algorithms("least"))
             raise InfeasibleError(
-                f"vdnn-dyn: {self.trace.model} (batch {self.trace.batch}) cannot be trained in "
-                f"{format_bytes(self.budget)}: all(m), which needs the least, takes {format_bytes(over[0])}, at "
-                f"{op_text(self.trace, over[1])}; give that budget, or a smaller batch"
+                f"vdnn-dyn has no plan with which {self.trace.model} (batch {self.trace.batch}) fits into "
+                f"{format_bytes(self.budget)}: even with everything offloaded it needs {format_bytes(over[0])}, at "
+                f"{op_text(self.trace, over[1])}; give it that much, or a smaller batch"
             )
         for name in ("none(p)", "conv(p)", "all(p)"):
             if self._fits(2, name):

@@ -27,7 +27,7 @@ __all__ = ["vdnn_plus_plus"]
 
 @register("vdnn++")
 def vdnn_plus_plus(trace: Trace, hardware: Hardware, options: Options) -> Plan:
-    """The inputs of CONV and POOL layers; every feature map where there are none."""
+    """Offloads the inputs of CONV and POOL layers, or all where there are none; does not wait at each layer."""
     kinds = ("conv", "pool") if any(call.kind == "conv" for call in trace.modules) else ()
     inputs = feature_inputs(trace, kinds)
     saved = survey(trace, options)

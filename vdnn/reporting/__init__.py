@@ -4,9 +4,9 @@ from vdnn.reporting.explaining import advice_table, explained, explanation
 from vdnn.reporting.origin import provenance
 from vdnn.reporting.perfetto import write_perfetto
 from vdnn.reporting.predictions import prediction_table, predictions_table
-from vdnn.reporting.rows import comparisons, difference_rows, differences, result_row, result_rows
+from vdnn.reporting.rows import by_category, comparisons, difference_rows, differences, result_row, result_rows
 from vdnn.reporting.sheet import as_text
-from vdnn.reporting.summaries import as_rows, hardware_row, layer_shares, plan_rows, summarise
+from vdnn.reporting.summaries import as_rows, hardware_row, layer_shares, plan_head, plan_rows, summarise
 from vdnn.reporting.text import (
     batches_table,
     hardware_table,
@@ -21,6 +21,7 @@ __all__ = [
     "as_rows",
     "as_text",
     "batches_table",
+    "by_category",
     "comparisons",
     "difference_rows",
     "differences",
@@ -29,6 +30,7 @@ __all__ = [
     "hardware_row",
     "hardware_table",
     "layer_shares",
+    "plan_head",
     "plan_report",
     "plan_rows",
     "prediction_table",

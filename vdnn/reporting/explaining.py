@@ -108,7 +108,7 @@ def explanation(plan: Plan, result: RunResult, least_bytes: int = 1 << 20) -> Sh
 
 def advice_table(rows: Sequence[dict[str, Any]], title: str) -> Sheet:
     """A model on each GPU (`vdnn.advising`): fits, how, time, and what fitting costs."""
-    size = byte_scale(row["memory_bytes"] for row in rows)
+    size = byte_scale(row["available_bytes"] for row in rows)
     time = time_scale(row["free_time_ns"] for row in rows)
     cells = []
     for row in rows:
@@ -116,7 +116,7 @@ def advice_table(rows: Sequence[dict[str, Any]], title: str) -> Sheet:
         cells.append(
             (
                 row["gpu"],
-                size.text(row["memory_bytes"]),
+                size.text(row["available_bytes"]),
                 "yes" if row["fits"] else "no",
                 row["how"] or NOTHING,
                 size.text(row["needs_bytes"]),
@@ -137,5 +137,8 @@ def advice_table(rows: Sequence[dict[str, Any]], title: str) -> Sheet:
         Column("costs\n[%]"),
         Column("samples\n[1/s]"),
     )
-    note = "Where nothing fits, `needs` is the least budget known. `costs`: against the same GPU with unlimited memory."
-    return Sheet(title, columns, tuple(cells), (note,))
+    notes = (
+        "Memory: of the card, less CUDA's context.",
+        "Where nothing fits, `needs` is the least budget known. `costs`: against the same GPU with unlimited memory.",
+    )
+    return Sheet(title, columns, tuple(cells), notes)

@@ -17,6 +17,7 @@ __all__ = [
     "as_rows",
     "hardware_row",
     "layer_shares",
+    "plan_head",
     "plan_rows",
     "summarise",
 ]
@@ -156,6 +157,12 @@ def plan_rows(plan: Plan) -> tuple[PlanRow, ...]:
     return tuple(found)
 
 
+def plan_head(plan: Plan) -> dict[str, Any]:
+    """What a plan is, beside its entries, as a JSON row."""
+    names = ("policy", "model", "batch", "device", "budget_bytes", "offloaded_bytes", "default", "min_bytes")
+    return {**{name: getattr(plan, name) for name in names}, "notes": list(plan.notes)}
+
+
 @dataclass(frozen=True, slots=True)
 class LayerShare:
     """The feature maps of one layer under a plan, in bytes of storage; those of a code where one stands for it."""
@@ -203,6 +210,7 @@ def hardware_row(machine: Hardware) -> dict[str, Any]:
         "id": machine.id,
         "name": machine.name,
         "memory_bytes": machine.memory_bytes,
+        "available_bytes": machine.available_bytes,
         "float32_flops_per_s": machine.peak("float32"),
         "float16_flops_per_s": machine.peak("float16"),
         "dram_bytes_per_s": machine.dram_bytes_per_s,

@@ -120,7 +120,9 @@ def _remarks(pairs: Sequence[Comparison]) -> tuple[str, ...]:
         ours = [p.result for p in pairs if note in p.result.notes]
         policies = dict.fromkeys(r.policy for r in ours)
         everywhere = all(note in p.result.notes for p in pairs)
-        remarks.append(note[0].upper() + note[1:] + "." if everywhere else f"{', '.join(policies)}: {note}")
+        whose = ", ".join(policies)
+        told = note if note.startswith(f"{whose} ") else f"{whose}: {note}"
+        remarks.append(note[0].upper() + note[1:] + "." if everywhere else told)
     return tuple(remarks)
 
 
@@ -349,6 +351,7 @@ def hardware_table(machines: Iterable[Hardware]) -> Sheet:
             r["id"],
             r["name"],
             f"{r['memory_bytes'] / 2**30:.1f}",
+            f"{r['available_bytes'] / 2**30:.1f}",
             f"{r['float32_flops_per_s'] / 1e12:.1f}",
             f"{r['float16_flops_per_s'] / 1e12:.1f}",
             *(f"{r[n] / 1e9:.1f}" for n in ("dram_bytes_per_s", "d2h_bytes_per_s", "h2d_bytes_per_s")),
@@ -360,6 +363,7 @@ def hardware_table(machines: Iterable[Hardware]) -> Sheet:
         Column("id", words=True),
         Column("GPU", words=True),
         Column("memory\n[GiB]"),
+        Column("for steps\n[GiB]"),
         Column("fp32\n[Tflop/s]"),
         Column("fp16\n[Tflop/s]"),
         Column("DRAM\n[GB/s]"),

@@ -7,9 +7,9 @@ differences  ours beside the paper's, with the tolerance of each figure
 page         tables, figures and the list of misses, from the files under `results/paper/` alone
 """
 
-from vdnn.reproduction.differences import Difference, differences
+from vdnn.reproduction.differences import Difference, differences, summaries
 from vdnn.reproduction.networks import NETWORKS
 from vdnn.reproduction.numbers import numbers_of
 from vdnn.reproduction.page import readme_table, write_figures
 
-__all__ = ["NETWORKS", "Difference", "differences", "numbers_of", "readme_table", "write_figures"]
+__all__ = ["NETWORKS", "Difference", "differences", "numbers_of", "readme_table", "summaries", "write_figures"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 from vdnn.errors import FormatError
 
-__all__ = ["Difference", "differences", "published", "read_figure"]
+__all__ = ["Difference", "Summary", "differences", "published", "read_figure", "summaries"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,3 +112,36 @@ def _rows(folder: Path, name: str, figure: str, tolerance: Callable[[str], float
     for row, values in published()[name].items():
         for what, value in values.items():
             yield Difference(figure, row, what, value, ours[row][what], tolerance(what))
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One figure: of its `values`, `judged` have a tolerance and `within` of those keep it; `worst` is a fraction.
+
+    The worst is of those that are judged, if any is; `worst_text` has its unit (an absolute one is no per cent).
+    """
+
+    figure: str
+    values: int
+    judged: int
+    within: int
+    worst: float
+    worst_text: str
+    network: str
+    what: str
+
+
+def summaries(found: Sequence[Difference]) -> list[Summary]:
+    """How far each figure is reproduced."""
+    figures: dict[str, list[Difference]] = {}
+    for d in found:
+        figures.setdefault(d.figure, []).append(d)
+    rows = []
+    for figure, members in figures.items():
+        judged = [d for d in members if d.tolerance is not None]
+        worst = max(judged or members, key=lambda d: abs(d.size))
+        within = sum(not d.missed for d in judged)
+        rows.append(
+            Summary(figure, len(members), len(judged), within, worst.size, worst.text, worst.network, worst.what)
+        )
+    return rows

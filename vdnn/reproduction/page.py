@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vdnn.errors import UsageError
 from vdnn.reporting.sheet import Column, Sheet, as_text
-from vdnn.reproduction.differences import Difference, differences, published, read_figure
+from vdnn.reproduction.differences import Difference, differences, published, read_figure, summaries
 from vdnn.reproduction.drawing import DRAWN, draw_figures
 from vdnn.reproduction.figures import write_files
 from vdnn.reproduction.networks import POLICIES
@@ -85,14 +85,10 @@ def _summary(found: Sequence[Difference]) -> list[str]:
         "| figure | values | within tolerance | worst difference | where |",
         "| --- | ---: | ---: | ---: | --- |",
     ]
-    figures: dict[str, list[Difference]] = {}
-    for d in found:
-        figures.setdefault(d.figure, []).append(d)
-    for figure, members in figures.items():
-        judged = [d for d in members if d.tolerance is not None]
-        worst = max(judged or members, key=lambda d: abs(d.size))
-        inside = f"{sum(not d.missed for d in judged)} of {len(judged)}" if judged else "not judged"
-        lines.append(f"| {figure} | {len(members)} | {inside} | {worst.text} | {worst.network}, {_name(worst.what)} |")
+    for row in summaries(found):
+        inside = f"{row.within} of {row.judged}" if row.judged else "not judged"
+        where = f"{row.network}, {_name(row.what)}"
+        lines.append(f"| {row.figure} | {row.values} | {inside} | {row.worst_text} | {where} |")
     return lines
 
 

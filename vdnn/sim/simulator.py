@@ -82,7 +82,7 @@ def simulate_step(
     times = run(trace, moves, op_ns, hardware, recorder, buckets, ring, host_ns)
     spread = None if paper or hardware.timings else fitted().spread(hardware.id)
     allocates = trace.device != "cpu" and regime == "pytorch"
-    capacity = memory_limit or (hardware.available_bytes if allocates else hardware.memory_bytes)
+    capacity = memory_limit or hardware.available_bytes
     memory = step_memory(trace, moves, capacity) if allocates else None
     most = peak(without_workspaces(trace, memory.without) if memory else trace, moves)
     fits = memory.fits if memory else most.nbytes <= capacity
@@ -156,7 +156,8 @@ def _memory_notes(trace: Trace, memory: StepMemory | None, capacity: int) -> lis
             f"in {limit} {count} convolution{'s find' if count > 1 else ' finds'} no room for cuDNN's workspace: slower"
         )
     if memory.retries:
-        notes.append(f"fits into {limit} because cached segments are given back {memory.retries} times, each a pause")
+        often = "once, which is a pause" if memory.retries == 1 else f"{memory.retries} times, each a pause"
+        notes.append(f"fits into {limit} because cached segments are given back {often}")
     return notes
 
 

@@ -103,7 +103,7 @@ class Hardware:
 
     @property
     def available_bytes(self) -> int:
-        """What torch's allocator can have."""
+        """What a step can have: the card's memory less CUDA's context. Every command's and every policy's limit."""
         return self.memory_bytes - self.context_bytes
 
     def peak(self, dtype: str) -> int:

@@ -103,7 +103,7 @@ def advice_figure(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     for place, row in enumerate(rows):
         free = row["free_time_ns"] / 1e6
         if row["time_ns"] is None:
-            short = f" needs {row['needs_bytes'] / _GIB:.1f} of {row['memory_bytes'] / _GIB:.0f} GiB"
+            short = f" needs {row['needs_bytes'] / _GIB:.1f} of {row['available_bytes'] / _GIB:.1f} GiB"
             axes.text(0, place, short, va="center", fontsize=7, color=VERMILION)
             continue
         axes.barh(place, min(free, row["time_ns"] / 1e6), color=BLUE, height=0.7)
