@@ -180,6 +180,13 @@ def test_the_installed_command_is_this_one() -> None:
     assert scripts["vdnn"] == "vdnn.cli.main:main"
 
 
+def test_the_help_says_what_vdnn_is_for_and_its_exit_codes() -> None:
+    listed = " ".join(vdnn("--help").stdout.split())
+    assert "Train PyTorch models that do not fit" in listed
+    assert "3 (no plan fits the budget)" in listed
+    assert vdnn("--version").stdout == f"vdnn {importlib.metadata.version('vdnn')}\n"
+
+
 def test_every_command_has_an_example() -> None:
     listed = vdnn("--help").stdout
     for command in ("run", "capture", "plan", "simulate", "compare", "max-batch", "experiment", "report", "list"):

@@ -6,9 +6,11 @@ import contextlib
 import logging
 import os
 import sys
+from typing import Annotated
 
 import typer
 
+from vdnn import __version__
 from vdnn.cli.advising import advise
 from vdnn.cli.fitting import fit
 from vdnn.cli.measuring import measure
@@ -22,7 +24,28 @@ from vdnn.errors import VdnnError
 
 __all__ = ["app", "command_line", "main"]
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vdnn {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Train PyTorch models that do not fit on the GPU, and know beforehand what that will cost.
+
+    Results go to stdout, everything else to stderr. Exit codes: 0, 1 (failed), 2 (usage), 3 (no plan fits the budget).
+    With --debug an error shows its traceback.
+    """
+
+
 for command in (run, capture, plan, simulate, compare, advise, experiment, measure, fit, report, replay, reproduction):
     app.command()(command)
 app.command("max-batch")(max_batch)

@@ -76,10 +76,10 @@ class EngineReport:
             lines.append("  no training step so far; what moves is decided at the first one")
         if self.offloaded_storages:
             lines += [
-                f"  offloaded          {self.offloaded_storages // passes} storages, "
+                f"  offloaded          {_storages(self.offloaded_storages // passes)}, "
                 f"{format_bytes(self.offloaded_bytes // passes)} a pass",
                 f"  came back          {format_bytes(self.returned_bytes // passes)} a pass: "
-                f"{self.prefetched_storages // passes} storages prefetched, "
+                f"{_storages(self.prefetched_storages // passes)} prefetched, "
                 f"{self.fetched_storages // passes} on demand",
             ]
         elif self.packs:
@@ -93,17 +93,21 @@ class EngineReport:
             )
         if self.encoded_storages:
             lines.append(
-                f"  encoded            {self.encoded_storages // passes} storages a pass, "
+                f"  encoded            {_storages(self.encoded_storages // passes)} a pass, "
                 f"{format_bytes(self.encoded_bytes // passes)} as {format_bytes(self.code_bytes // passes)}"
             )
         if self.dropped_storages:
             lines.append(
-                f"  computed again     {self.dropped_storages // passes} storages, "
+                f"  computed again     {_storages(self.dropped_storages // passes)}, "
                 f"{format_bytes(self.dropped_bytes // passes)} a pass"
             )
         if self.host_full:
-            lines.append(f"  stayed on device   {self.host_full} storages, because the host budget was spent")
+            lines.append(f"  stayed on device   {_storages(self.host_full)}, because the host budget was spent")
         if self.mismatches:
             lines.append(f"  not as planned     {len(self.mismatches)} saved tensors; the first: {self.mismatches[0]}")
         lines.extend(f"  note               {note}" for note in self.notes)
         return "\n".join(lines)
+
+
+def _storages(number: int) -> str:
+    return f"{number} storage{'' if number == 1 else 's'}"

@@ -268,18 +268,26 @@ def batches_table(results: Sequence[RunResult]) -> Sheet:
 # -- plan ----------------------------------------------------------------------------------------
 
 
-def plan_report(plan: Plan, top: int | None = None) -> Sheet:
-    """What a plan does with each storage; with `top`, the largest alone, and the rest in one line."""
+def plan_report(plan: Plan, top: int | None = None, least_bytes: int = 1 << 20) -> Sheet:
+    """What a plan does with each storage; with `top`, the largest alone, and the rest in one line.
+
+    So are those that are kept and smaller than `least_bytes`, if there are others.
+    """
     rows = plan_rows(plan)
-    shown = list(rows)
+    small = [r for r in rows if r.action == "keep" and r.storage_bytes < least_bytes]
+    if len(small) == len(rows):
+        small = []
+    shown = [r for r in rows if r not in small]
     if top is not None and len(rows) > top:
+        small = []
         kept = {id(r) for r in sorted(rows, key=lambda r: -r.storage_bytes)[:top]}
         shown = [r for r in rows if id(r) in kept]
     size = byte_scale(r.storage_bytes for r in rows)
     cells = [_plan_cells(r, size) for r in shown]
     if len(shown) < len(rows):
-        rest = sum(r.storage_bytes for r in rows) - sum(r.storage_bytes for r in shown)
-        cells.append((f"{len(rows) - len(shown)} more", "", size.text(rest), "", "", ""))
+        rest = size.text(sum(r.storage_bytes for r in rows) - sum(r.storage_bytes for r in shown))
+        action, why = ("keep", f"each below {format_bytes(least_bytes)}") if small else ("", "")
+        cells.append((f"{len(rows) - len(shown)} more", action, rest, "", "", why))
     moved = [r for r in rows if r.moved_bytes]
     kept_bytes = sum(r.storage_bytes for r in rows if not r.moved_bytes)
     notes = [
