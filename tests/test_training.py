@@ -94,6 +94,18 @@ def test_a_virtual_device_that_is_too_small_runs_out_and_offload_makes_room() ->
     assert training.train(work, plan, "virtual", small, steps=2).result.fits
 
 
+def test_a_step_that_fits_with_offload_alone_is_compared_with_one_that_does_not_fit() -> None:
+    """`vdnn run` stopped where the run without offload was out of memory, which is what offload is for."""
+    small = replace(hardware("rtx4090"), memory_bytes=36 << 20, context_bytes=0)
+    done = vdnn.run(
+        vdnn.load("demo:cnn", batch=8), "vdnn-all", small, device="virtual", steps=2, optimizer="none", min_bytes=1
+    )
+    assert done.exact
+    assert done.measured.fits
+    assert done.baseline.fits is False
+    assert "losses: " in str(done)
+
+
 def test_where_there_is_no_cuda_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert training.find_place("auto") == "virtual"

@@ -287,7 +287,9 @@ def wrap(
         must_run(policy)
     given = [name for name, value in (("policy", policy), ("plan", plan), ("budget", budget)) if value]
     if len(given) > 1 and (plan is not None or policy not in BUDGETED):
-        raise UsageError(f"{' and '.join(given)} are both given: a model is wrapped by one of them")
+        raise UsageError(
+            f"{' and '.join(given)} are both given: a model is wrapped by one of them, leave the other out"
+        )
     recomputes = bool(policy) and "checkpoint" in model_options(policy)
     if plan is not None:
         Schedule(plan).check_names({fqn for fqn, _ in model.named_modules()})

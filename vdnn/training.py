@@ -96,6 +96,8 @@ def run_policies(
 ) -> Iterator[Run]:
     """Train each case, and compare it with the first one, which has no plan: that one with itself, trained again.
 
+    On a virtual device a run without a plan has the memory it needs; its `fits` says whether that is there.
+
     Args:
         cases: works, with their traces for this place, and plans. The works differ in what they recompute at most;
             precision and optimizer are the traces'.
@@ -117,6 +119,7 @@ def run_policies(
             optimizer=trace.optimizer,
             seed=seed,
             expected=expected,
+            bounded=plan is not None,
             progress=lambda step: progress(name, step),
         )
 
@@ -161,12 +164,14 @@ def train(
     optimizer: str = "none",
     seed: int = 0,
     expected: Sequence[Named] | None = None,
+    bounded: bool = True,
     progress: Callable[[int], None] = lambda step: None,
 ) -> Training:
     """Train for some steps; with `expected`, compare each step's tensors as they come.
 
     Args:
         place: "virtual" or "cuda". A virtual device has the link of `hardware`, and its memory less CUDA's context.
+        bounded: whether a virtual device ends where that memory does.
         progress: is told the number of each step that is done.
 
     Raises:
@@ -177,7 +182,7 @@ def train(
     if steps < 2:
         raise UsageError(f"{steps} steps are too few: the first one makes the optimizer's states, so run 2 or more")
     kind = "cuda" if place == "cuda" else "cpu"
-    device = CudaDevice() if place == "cuda" else _virtual(hardware, seed)
+    device = CudaDevice() if place == "cuda" else _virtual(hardware, seed, bounded)
     with _deterministic(kind):
         torch.manual_seed(seed)
         model, args, kwargs, targets = _built(work, kind, precision)
@@ -236,7 +241,7 @@ def train(
             report = engine_of(model).report()
             unwrap_model(model)
     return Training(
-        result=_completed(result, device, report, steps, times, kind, seed),
+        result=_completed(result, hardware.available_bytes, device, report, steps, times, kind, seed),
         losses=tuple(losses),
         steps=tuple(found),
         compared=compared,
@@ -245,10 +250,9 @@ def train(
     )
 
 
-def _virtual(hardware: Hardware, seed: int) -> VirtualDevice:
-    return VirtualDevice(
-        hardware.available_bytes, d2h=hardware.d2h_bytes_per_s, h2d=hardware.h2d_bytes_per_s, seed=seed
-    )
+def _virtual(hardware: Hardware, seed: int, bounded: bool) -> VirtualDevice:
+    memory = hardware.available_bytes if bounded else None
+    return VirtualDevice(memory, d2h=hardware.d2h_bytes_per_s, h2d=hardware.h2d_bytes_per_s, seed=seed)
 
 
 def _built(work: Work, kind: str, precision: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], Any]:
@@ -325,6 +329,7 @@ def _first_difference(step: int, ours: Named, theirs: Named) -> str:
 
 def _completed(
     result: RunResult,
+    available_bytes: int,
     device: CudaDevice | VirtualDevice,
     report: EngineReport | None,
     steps: int,
@@ -337,7 +342,7 @@ def _completed(
     notes = list(result.notes)
     fits = None
     if isinstance(device, VirtualDevice):
-        fits = True  # or it would have raised
+        fits = device.peak_bytes <= available_bytes
         if device.peak_bytes != result.peak_requested_bytes:
             notes.append(
                 f"the virtual device's own account has a peak of {format_bytes(device.peak_bytes)}, the tracker "

@@ -79,4 +79,6 @@ def test_training_that_breaks_off_can_begin_again(tmp_path: Path) -> None:
 def test_on_the_cpu_without_a_virtual_device_nothing_is_wrapped(tmp_path: Path) -> None:
     callback = OffloadCallback()
     trained(tmp_path, [callback])
-    assert callback.report is None
+    assert callback.report is not None
+    assert callback.report.passes == 0
+    assert "offload is inactive" in str(callback.report)

@@ -146,7 +146,7 @@ def test_wrap_is_told_one_thing_only() -> None:
     model = torch.nn.Linear(2, 2)
     with pytest.raises(UsageError, match="policy and budget are both given"):
         vdnn.wrap(model, "vdnn-all", budget="1GiB", device=vdnn.VirtualDevice())
-    with pytest.raises(UsageError, match="may be none, sgd"):
+    with pytest.raises(UsageError, match="unknown optimizer 'adam': did you mean adamw"):
         vdnn.wrap(model, optimizer="adam", device=vdnn.VirtualDevice())
     with pytest.raises(UsageError, match="did you mean min_bytes"):
         vdnn.wrap(model, min_byte=3, device=vdnn.VirtualDevice())

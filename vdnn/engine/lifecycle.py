@@ -45,4 +45,7 @@ def move(current: State, wanted: State) -> State:
     if wanted in _MOVES[current]:
         return wanted
     allowed = ", ".join(sorted(state.name for state in _MOVES[current])) or "nothing"
-    raise LifecycleError(f"a saved storage cannot go from {current.name} to {wanted.name}; from there: {allowed}")
+    raise LifecycleError(
+        f"a saved storage cannot go from {current.name} to {wanted.name}; from there: {allowed}. This is an "
+        "error in vdnn: please report it, with the model and its plan"
+    )

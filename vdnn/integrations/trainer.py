@@ -54,12 +54,8 @@ class OffloadCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Unwrap the model, and keep the report."""
         if self._model is not None:
-            try:
-                self.report = vdnn.report(self._model)
-            except EngineError:  # on the CPU `wrap` wraps nothing
-                self.report = None
-            else:
-                log.info("%s", self.report)
+            self.report = vdnn.report(self._model)
+            log.info("%s", self.report)
         self._leave()
 
     def _leave(self) -> None:

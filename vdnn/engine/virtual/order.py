@@ -14,6 +14,8 @@ from vdnn.errors import RaceError
 
 __all__ = ["Access", "Event", "Execution", "History", "Stream"]
 
+_WAY_OUT = "; if no stream of your own is at work, this is an error in vdnn: please report it"
+
 
 class Execution:
     """In what order the streams' work really ran, as one number: equal if and only if it ran in the same order."""
@@ -112,6 +114,7 @@ class History:
         if self.write is not None and not self.write.before(stream):
             raise RaceError(
                 f"{doing}: {stream} reads {self.what} without waiting for {self.write.stream}, which writes it"
+                f"{_WAY_OUT}"
             )
 
     def check_write(self, stream: Stream, doing: str) -> None:
@@ -125,7 +128,7 @@ class History:
                 if access is not None and not access.before(stream):
                     raise RaceError(
                         f"{doing}: {stream} reuses {self.what} without waiting for {access.stream}, "
-                        f"which still {verb} it"
+                        f"which still {verb} it{_WAY_OUT}"
                     )
 
     def check_end(self) -> None:
@@ -138,7 +141,7 @@ class History:
             if access is not None and not any(access.before(s) for s in (self.home, *self.keepers) if s is not None):
                 raise RaceError(
                     f"release: {self.home} may reuse {self.what} without waiting for {access.stream}, "
-                    f"which still {verb} it"
+                    f"which still {verb} it{_WAY_OUT}"
                 )
 
     def wrote(self, access: Access) -> None:
