@@ -122,6 +122,35 @@ def test_the_peak_is_the_predicted_one(name: str, policy: str) -> None:
     assert result.measured.peak_requested_bytes == result.predicted.peak_requested_bytes
 
 
+class Unpooled(nn.Module):
+    """A pool that gives its indices, too, for what is undone later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.act = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()
+        self.pool, self.middle = nn.MaxPool2d(2, return_indices=True), nn.Conv2d(8, 8, 1)
+        self.unpool, self.last = nn.MaxUnpool2d(2), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pooled, indices = self.pool(self.act(self.norm(self.first(x))))
+        out: torch.Tensor = self.last(self.unpool(self.middle(pooled), indices))
+        return out
+
+
+@pytest.mark.parametrize("policy", ["recompute", "recompute-offload"])
+def test_a_pool_that_gives_its_indices_is_not_planned_to_run_again(policy: str) -> None:
+    """The engine keeps what a call makes that gives a tuple; the plan counted it as dropped, and too little memory."""
+    torch.manual_seed(0)
+    model, x = Unpooled(), torch.randn(4, 3, 16, 16)
+    trace = vdnn.capture(model, x, device="cpu")
+    plan = decide(policy, trace, GPU, EVERYTHING)
+    assert "pool#0" not in {call for action in again(plan) for call in action.through}
+    device = VirtualDevice(seed=1)
+    wrapped(model, plan, device)
+    trained(model, x)
+    assert engine_of(model).offloader.counts.dropped_storages == 3 * len(again(plan)) > 0
+
+
 def test_less_memory_and_more_time() -> None:
     model, x = made("images")
     trace = vdnn.capture(model, x, device="cpu")

@@ -163,9 +163,17 @@ class _Looking:
         if call < 0 or not self.own[call]:
             return False
         ops = [self.trace.ops[i] for i in self.own[call]]
-        if any(word in op.name for op in ops for word in (*RANDOM, *_PERHAPS)):
+        if any(word in op.name for op in ops for word in (*RANDOM, *_PERHAPS)) or self._gives_more(call):
             return False
         return all(op.kernel in _CHEAP for op in ops) or (self.costly and call not in self.parents)
+
+    def _gives_more(self, call: int) -> bool:
+        """Whether forward still holds more than one storage that the call made, when it is over: a tuple, as of a pool
+        with `return_indices`. Such a call is not made again.
+        """
+        first, end = self.own[call][0], self.trace.modules[call].forward_end
+        made = {s for i in self.own[call] for s in self.trace.ops[i].writes if self.trace.storages[s].alloc >= first}
+        return sum(self.trace.storages[s].release > end for s in made) > 1
 
     def _taken(self, inside: Sequence[int]) -> set[int]:
         """What the ops read that they do not make themselves, weights and buffers aside."""
