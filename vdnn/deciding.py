@@ -328,6 +328,7 @@ def machine_of(device: Device) -> Hardware:
             rates,
             memory_bytes=device.memory_bytes or rates.available_bytes,
             context_bytes=0,  # a virtual device has no CUDA beside
+            cudnn_bytes=0,
             d2h_bytes_per_s=device.d2h_bytes_per_s,
             h2d_bytes_per_s=device.h2d_bytes_per_s,
             duplex_bytes_per_s=both,

@@ -11,7 +11,7 @@ import vdnn
 from vdnn.analysis.synthetic import conv_chain
 from vdnn.sim.allocator_step import Script, step_memory
 from vdnn.sim.first_step import first_step, later_step
-from vdnn.sim.workspaces import with_libraries
+from vdnn.sim.workspaces import allocatable_bytes, with_libraries
 from vdnn.values import Trace, hardware
 
 MIB = 2**20
@@ -141,8 +141,19 @@ def test_benchmarking_cudnn_empties_the_cache_after_each_new_shape_of_the_first_
 
 def test_what_the_context_takes_is_not_the_steps() -> None:
     machine = hardware("rtx3090")
-    assert machine.available_bytes == machine.memory_bytes - machine.context_bytes
+    assert machine.available_bytes == machine.memory_bytes - machine.context_bytes - machine.cudnn_bytes
     trace = vdnn.capture(nn.Linear(8, 8), torch.randn(2, 8))
-    small = replace(machine, memory_bytes=machine.context_bytes + 10 * MIB)
+    small = replace(machine, memory_bytes=machine.context_bytes + 10 * MIB, cudnn_bytes=0)
     assert not vdnn.simulate(trace, hardware=small).fits
     assert vdnn.simulate(trace, hardware=small, memory_limit=100 * MIB).fits
+
+
+def test_a_network_with_few_convolutions_leaves_the_room_of_cudnn_s_kernels_to_tensors() -> None:
+    machine = replace(hardware("rtx3090"), memory_bytes=1000 * MIB, context_bytes=100 * MIB, cudnn_bytes=300 * MIB)
+    assert machine.available_bytes == 600 * MIB
+    for count, there in ((1, 900), (4, 900), (5, 600)):
+        layers = [nn.Conv2d(3 + i, 4 + i, 3, padding=1) for i in range(count)]
+        trace = vdnn.capture(nn.Sequential(*layers), torch.randn(2, 3, 8, 8))
+        assert allocatable_bytes(trace, machine) == there * MIB
+        greedy = replace(trace, storages=(*trace.storages, replace(trace.storages[0], nbytes=700 * MIB)))
+        assert vdnn.simulate(greedy, hardware=machine).fits == (count <= 4)

@@ -16,7 +16,7 @@ from vdnn.analysis.liveness import requested
 from vdnn.fidelity.captures import Captures
 from vdnn.fidelity.rows import StepRow
 from vdnn.sim.allocator_step import fits, step_memory
-from vdnn.sim.workspaces import with_libraries
+from vdnn.sim.workspaces import allocatable_bytes, with_libraries
 from vdnn.values import Hardware, Trace, hardware
 
 __all__ = ["LADDER", "Verdict", "judged", "memory_lines", "next_batch", "read_verdicts"]
@@ -88,7 +88,7 @@ def _verdict(row: StepRow, larger: int, machine: Hardware, here: Trace, there: T
         _least(there, machine),
         max(requested(here), default=0),
         max(requested(there), default=0),
-        machine.available_bytes,
+        allocatable_bytes(here, machine),
         machine.memory_bytes,
     )
 
@@ -144,6 +144,6 @@ def _why(verdict: Verdict) -> str:
     nbytes = verdict.least_bytes if verdict.way == "tight" else verdict.next_least_bytes
     off = abs(nbytes - verdict.available_bytes)
     if off * _CLOSE <= verdict.available_bytes:
-        return "close to the limit: what the context takes is known to 0.5 GiB, and cuDNN's algorithms are not modelled"
+        return "close to the limit: context and kernels are known to 0.5 GiB, and cuDNN's algorithms are not modelled"
     missing = "sees too much" if verdict.way == "tight" else "does not see"
     return f"not known: {off / 2**30:.1f} GiB that the capture {missing}, or the measured run failed otherwise"

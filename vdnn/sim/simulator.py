@@ -6,9 +6,9 @@
                                                in which a workspace may have found no room
     time from streams and the link             vdnn.sim.run
 
-`fits` is what the allocator says with the GPU's memory less CUDA's context (or the limit given) as its limit: cached
-segments are given back and the allocation is tried again, as on a device. What cuBLAS and cuDNN take from the allocator
-is added here (vdnn.sim.workspaces), since it depends on the GPU.
+`fits` is what the allocator says with the GPU's memory less CUDA's context and cuDNN's kernels (or the limit given) as
+its limit: cached segments are given back and the allocation is tried again, as on a device. What cuBLAS and cuDNN take
+from the allocator is added here (vdnn.sim.workspaces), since it depends on the GPU.
 Where the plan names convolution algorithms, their table gives the time and the workspace of each. Under the regime
 "paper" the step is Torch7's (vdnn.analysis.torch7) and `fits` is the paper's criterion: requested bytes against the
 memory; what one best-fit pool makes of the step (vdnn.sim.pool: cnmem's, which vDNN used) is a note.
@@ -33,7 +33,7 @@ from vdnn.sim.pinned import pinned_bytes
 from vdnn.sim.pool import run_pool
 from vdnn.sim.recorder import Recorder
 from vdnn.sim.run import Run, run
-from vdnn.sim.workspaces import with_libraries, without_workspaces
+from vdnn.sim.workspaces import allocatable_bytes, with_libraries, without_workspaces
 from vdnn.units import format_bytes, format_ns
 from vdnn.values.hardware import Hardware
 from vdnn.values.node import ALONE, Node
@@ -82,7 +82,7 @@ def simulate_step(
     times = run(trace, moves, op_ns, hardware, recorder, buckets, ring, host_ns)
     spread = None if paper or hardware.timings else fitted().spread(hardware.id)
     allocates = trace.device != "cpu" and regime == "pytorch"
-    capacity = memory_limit or hardware.available_bytes
+    capacity = memory_limit or (allocatable_bytes(trace, hardware) if allocates else hardware.available_bytes)
     memory = step_memory(trace, moves, capacity) if allocates else None
     most = peak(without_workspaces(trace, memory.without) if memory else trace, moves)
     fits = memory.fits if memory else most.nbytes <= capacity

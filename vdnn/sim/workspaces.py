@@ -18,8 +18,9 @@ from dataclasses import replace
 from vdnn.values.hardware import Hardware
 from vdnn.values.trace import Op, Storage, Trace
 
-__all__ = ["held_bytes", "with_libraries", "without_workspaces"]
+__all__ = ["allocatable_bytes", "held_bytes", "with_libraries", "without_workspaces"]
 
+_FEW = 4  # layers: a patch embedding, and what merges patches between stages
 _WIDTH = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
@@ -33,6 +34,16 @@ def with_libraries(trace: Trace, hardware: Hardware) -> Trace:
         Storage(nbytes, "temporary", f"cuBLAS workspace, {phase}", -1, n, -1, n, "cuBLAS") for phase in _threads(trace)
     ]
     return replace(trace, ops=ops, storages=(*trace.storages, *held))
+
+
+def allocatable_bytes(trace: Trace, hardware: Hardware) -> int:
+    """What torch's allocator can have in this step.
+
+    cuDNN's kernels are loaded onto the device when they are first tried. A network whose convolutions only cut images
+    into patches tries few, and has what the others leave to them.
+    """
+    layers = sum(op.kernel == "conv" and op.phase == "forward" and not _depthwise(op) for op in trace.ops)
+    return hardware.available_bytes + (hardware.cudnn_bytes if layers <= _FEW else 0)
 
 
 def without_workspaces(trace: Trace, ops: Collection[int]) -> Trace:
@@ -64,11 +75,15 @@ def _transposed_bytes(op: Op, hardware: Hardware) -> int:
     rate = hardware.peak({"float32": "tf32"}.get(op.dtype, op.dtype))
     if op.dtype not in _WIDTH or len(op.dims) < 7 or not _tensor_cores(hardware) or rate <= hardware.peak("float32"):
         return 0
-    batch, c_in, c_out, groups, out_pixels, kernel_pixels, in_pixels = op.dims[:7]
-    if groups > 1 and groups == c_in:
+    if _depthwise(op):
         return 0
+    batch, c_in, c_out, groups, out_pixels, kernel_pixels, in_pixels = op.dims[:7]
     elements = batch * (c_in * in_pixels + c_out * out_pixels) + c_in // groups * c_out * kernel_pixels
     return elements * _WIDTH[op.dtype]
+
+
+def _depthwise(op: Op) -> bool:
+    return len(op.dims) >= 7 and op.dims[3] > 1 and op.dims[3] == op.dims[1]
 
 
 def _tensor_cores(hardware: Hardware) -> bool:

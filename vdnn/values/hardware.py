@@ -65,7 +65,8 @@ class Hardware:
     """One GPU with its link to the host.
 
     `memory_bytes` is the card's memory as nvidia-smi shows it, `context_bytes` what of it a process never gets for its
-    tensors: the driver's share, the CUDA context, the kernels of its libraries. `cublas_workspace_bytes` is what torch
+    tensors: the driver's share, the CUDA context, the kernels of its libraries; `cudnn_bytes` what cuDNN's kernels take
+    beyond that where convolutions of many kinds run. `cublas_workspace_bytes` is what torch
     allocates for cuBLAS in each thread that multiplies matrices. Bandwidths are bytes a second; `duplex_bytes_per_s` is
     what both directions of the link carry together when both are busy. `launch_ns` is the host's time to
     issue one op, `kernel_ns` the least time of a kernel on the device. `nvlink_bytes_per_s` is what NVLink carries
@@ -100,11 +101,14 @@ class Hardware:
     process_nm: int | None = None
     context_bytes: int = 0
     cublas_workspace_bytes: int = 8_519_680
+    cudnn_bytes: int = 0
 
     @property
     def available_bytes(self) -> int:
-        """What a step can have: the card's memory less CUDA's context. Every command's and every policy's limit."""
-        return self.memory_bytes - self.context_bytes
+        """What every step can have: the card's memory less CUDA's context and cuDNN's kernels. Every command's and every
+        policy's limit.
+        """
+        return self.memory_bytes - self.context_bytes - self.cudnn_bytes
 
     def peak(self, dtype: str) -> int:
         """Flops a second for a dtype; an unknown dtype runs at fp32's rate."""
@@ -137,6 +141,7 @@ class Hardware:
             "nvlink_bytes_per_s",
             "context_bytes",
             "cublas_workspace_bytes",
+            "cudnn_bytes",
         ):
             if getattr(self, name) < 0:
                 raise FormatError(f"hardware {self.id!r}: {name} is {getattr(self, name)}, it must not be negative")
@@ -144,10 +149,11 @@ class Hardware:
             number = getattr(self, name)
             if number is not None and number <= 0:
                 raise FormatError(f"hardware {self.id!r}: {name} is {number}, it must be more than 0, or left out")
-        if self.context_bytes >= self.memory_bytes:
-            raise FormatError(
-                f"hardware {self.id!r}: context_bytes is {self.context_bytes}, which leaves nothing of memory_bytes"
+        if self.available_bytes <= 0:
+            taken = f"context_bytes is {self.context_bytes}" + f" and cudnn_bytes {self.cudnn_bytes}" * bool(
+                self.cudnn_bytes
             )
+            raise FormatError(f"hardware {self.id!r}: {taken}, which leaves nothing of memory_bytes")
         if not any(p.dtype == "float32" for p in self.peaks):
             raise FormatError(f"hardware {self.id!r} has no float32 peak")
         for p in self.peaks:
