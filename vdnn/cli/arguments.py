@@ -239,6 +239,12 @@ def must_be_free(path: Path | None, force: bool, endings: tuple[str, ...] = (".j
         raise UsageError(f"{path} must end in {' or '.join(endings)}")
 
 
+def _takes_budget(policy: str) -> bool:
+    from vdnn.planner import BUDGETED  # loads the planner, which a step without a budget need not wait for
+
+    return policy in (BUDGET, *BUDGETED)
+
+
 def must_be_one(*, policy: str, budget: str, plan: Path | None = None, asked: frozenset[str] = frozenset()) -> None:
     """Check what decides, before anything expensive.
 
@@ -249,11 +255,10 @@ def must_be_one(*, policy: str, budget: str, plan: Path | None = None, asked: fr
         UsageError: more than one of them is given (vdnn-dyn and capuchin decide for a budget), an unknown policy,
             a budget that is no size, or an option of a policy beside a plan.
     """
-    from vdnn.planner import BUDGETED
     from vdnn.units import parse_size
 
     given = [name for name, value in (("--policy", policy), ("--budget", budget), ("--plan", plan)) if value]
-    if (len(given) > 1 and given != ["--policy", "--budget"]) or (budget and policy not in ("", BUDGET, *BUDGETED)):
+    if len(given) > 1 and (given != ["--policy", "--budget"] or not _takes_budget(policy)):
         raise UsageError(f"{' and '.join(given)} are given: one of them decides, leave the others out")
     for name in ("rules", "algorithms", "min_bytes") if plan is not None else ():
         if name in asked:

@@ -185,7 +185,8 @@ def simulate(
     under: dict[str, Any] = {"memory_limit": limit, "regime": regime, "node": node}
     baseline = api.simulate(plain, api.plan(plain, gpu, "none", **how), gpu, **under)
     shown = bool(output or perfetto or memory_snapshot)
-    result = api.simulate(trace, made, gpu, timeline=shown, **under)
+    same = made.policy == "none" and trace is plain and plan_file is None and not shown
+    result = baseline if same else api.simulate(trace, made, gpu, timeline=shown, **under)
     if as_json:
         from vdnn.reporting import result_rows
 
@@ -202,10 +203,10 @@ def simulate(
         from vdnn.analysis.encoding import planned
         from vdnn.analysis.moments import resolve
         from vdnn.sim.allocator_snapshot import step_snapshot
-        from vdnn.sim.workspaces import with_libraries
+        from vdnn.sim.workspaces import allocatable_bytes, with_libraries
         from vdnn.snapshots import save_snapshot
 
-        memory = limit or hardware(gpu).available_bytes
+        memory = limit or allocatable_bytes(trace, hardware(gpu))
         step, _ = data_parallel(planned(trace, made), node)
         moves = resolve(made, step)
         step = with_libraries(step, hardware(gpu))

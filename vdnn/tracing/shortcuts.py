@@ -7,6 +7,7 @@ runs decompositions in Python. Of the ops that a step has most of the result is 
     one of dense tensors alike      the shape, strides and dtype of its arguments
     in place                        its first argument
     cuDNN's batch norm, forward     like its input, and two statistics per channel
+    the loss of classes             two numbers, and a gradient like its input
 
 Anything else (other dtypes, broadcasting, constants, subclasses) is None here, and goes to the mode. A test captures
 models both ways and compares the traces.
@@ -45,6 +46,10 @@ _ALIKE = {  # tensors among their arguments → how many come first, all of them
     _ATEN.threshold_backward.default: 2,
     _ATEN.relu.default: 1,
 }
+_LOSSES = {  # → log-probabilities, classes' weights, reduction; and whether it is backward
+    _ATEN.nll_loss_forward.default: lambda args: (args[0], args[2], args[3], False),
+    _ATEN.nll_loss_backward.default: lambda args: (args[1], args[3], args[4], True),
+}
 _IN_PLACE = {_ATEN.add_.Tensor: 2, _ATEN.relu_.default: 1, _ATEN.mul_.Tensor: 2}
 
 
@@ -61,6 +66,8 @@ def shortcut(mode: FakeTensorMode, func: Any, args: Any, kwargs: Any) -> Any:
         return _batch_norm(mode, args)
     if func is _ATEN.cudnn_batch_norm_backward.default:
         return _batch_norm_backward(mode, args)
+    if func in _LOSSES:
+        return _nll_loss(mode, *_LOSSES[func](args))
     count = _ALIKE.get(func)
     if count is not None:
         if _alike(args[:count]) and (strides := _output_strides(first)) is not None:
@@ -158,6 +165,15 @@ def _batch_norm_backward(mode: FakeTensorMode, args: Any) -> Any:
         return None
     of_weight = [_like(mode, x, (x.shape[1],), (1,), weight.dtype) for _ in range(2)]
     return _like(mode, x, x.shape, strides, x.dtype), *of_weight
+
+
+def _nll_loss(mode: FakeTensorMode, given: Any, weight: Any, reduction: int, backward: bool) -> Any:
+    """The loss and the sum of weights, or the gradient. The mode would import torch.distributed for a sum in it."""
+    if type(given) is not FakeTensor or weight is not None or reduction not in (1, 2) or given.dim() != 2:
+        return None
+    if backward:
+        return _like(mode, given, given.shape, _contiguous(given.shape), given.dtype)
+    return tuple(_like(mode, given, (), (), given.dtype) for _ in range(2))
 
 
 def _like(mode: FakeTensorMode, given: FakeTensor, shape: Any, stride: Any, dtype: torch.dtype) -> torch.Tensor:

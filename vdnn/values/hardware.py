@@ -105,8 +105,9 @@ class Hardware:
 
     @property
     def available_bytes(self) -> int:
-        """What every step can have: the card's memory less CUDA's context and cuDNN's kernels. Every command's and every
-        policy's limit.
+        """What every step can have: the card's memory less CUDA's context and cuDNN's kernels.
+
+        Every command's and every policy's limit.
         """
         return self.memory_bytes - self.context_bytes - self.cudnn_bytes
 
