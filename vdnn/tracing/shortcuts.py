@@ -46,10 +46,8 @@ _ALIKE = {  # tensors among their arguments → how many come first, all of them
     _ATEN.threshold_backward.default: 2,
     _ATEN.relu.default: 1,
 }
-_LOSSES = {  # → log-probabilities, classes' weights, reduction; and whether it is backward
-    _ATEN.nll_loss_forward.default: lambda args: (args[0], args[2], args[3], False),
-    _ATEN.nll_loss_backward.default: lambda args: (args[1], args[3], args[4], True),
-}
+# the loss of classes, forward and backward → where log-probabilities, weights and reduction are among its arguments
+_LOSSES = {_ATEN.nll_loss_forward.default: (0, 2, 3), _ATEN.nll_loss_backward.default: (1, 3, 4)}
 _IN_PLACE = {_ATEN.add_.Tensor: 2, _ATEN.relu_.default: 1, _ATEN.mul_.Tensor: 2}
 
 
@@ -67,7 +65,8 @@ def shortcut(mode: FakeTensorMode, func: Any, args: Any, kwargs: Any) -> Any:
     if func is _ATEN.cudnn_batch_norm_backward.default:
         return _batch_norm_backward(mode, args)
     if func in _LOSSES:
-        return _nll_loss(mode, *_LOSSES[func](args))
+        given, weight, reduction = (args[i] for i in _LOSSES[func])
+        return _nll_loss(mode, given, weight, reduction, func is _ATEN.nll_loss_backward.default)
     count = _ALIKE.get(func)
     if count is not None:
         if _alike(args[:count]) and (strides := _output_strides(first)) is not None:
