@@ -91,3 +91,20 @@ def test_the_gradient_of_a_number_that_several_layers_take() -> None:
 
     trace = vdnn.capture(nn.Sequential(nn.Linear(4, 4), Shifted()), torch.randn(3, 4), device="cpu")
     assert any(op.name.startswith("aten.add") and op.phase == "backward" for op in trace.ops)
+
+
+@pytest.mark.parametrize("reduction", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_loss_of_classes_is_as_the_fake_mode_has_it(reduction: int, dtype: torch.dtype) -> None:
+    with FakeTensorMode() as mode:
+        targets = torch.zeros(5, dtype=torch.int64)
+        for given in (torch.empty(5, 7, dtype=dtype), torch.empty(7, 5, dtype=dtype).t()):
+            forward = (given, targets, None, reduction, -100)
+            expected = ATEN.nll_loss_forward.default(*forward)
+            backward = (expected[0], given, targets, None, reduction, -100, expected[1])
+            for func, args in ((ATEN.nll_loss_forward.default, forward), (ATEN.nll_loss_backward.default, backward)):
+                found, made = shortcut(mode, func, args, {}), func(*args)
+                assert (found is None) == (reduction == 0)
+                pairs = zip(found, made, strict=True) if isinstance(found, tuple) else [(found, made)]
+                for ours, theirs in pairs if found is not None else ():
+                    assert (ours.shape, ours.stride(), ours.dtype) == (theirs.shape, theirs.stride(), theirs.dtype)
