@@ -16,6 +16,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from vdnn.analysis.insertion import op_of
 from vdnn.analysis.moments import Points
 from vdnn.errors import PlanMismatchError
 from vdnn.values.plan import Plan, Point, Recompute
@@ -174,6 +175,13 @@ class _Rewriting:
         need = {block.call: min(trace.storages[s].need for s in block.dropped) for block in found}
         self.found = sorted(found, key=lambda block: need[block.call])
         self.at = [need[block.call] for block in self.found]
+        self.packs: dict[int, int] = {}  # saved storage → where it is packed first
+        for t in trace.saved:
+            self.packs.setdefault(t.storage, t.packed_at)
+        self.made_at: dict[int, list[int]] = {}  # op → the storages that it makes
+        for i, s in enumerate(trace.storages):
+            self.made_at.setdefault(s.alloc, []).append(i)
+        self.buffers = [i for i, s in enumerate(trace.storages) if s.category == "buffer"]
         self.new: list[Storage] = []
         self.life: list[tuple[int, int, int]] = []  # of each: its block, and its first and last place among the ops
         self.stays: dict[int, int] = {}  # dropped storage → the one that is made again
@@ -181,21 +189,17 @@ class _Rewriting:
 
     def _storage(self, like: Storage, number: int, begin: int, end: int, kept: bool = False) -> int:
         """A storage in the place of another; `end` is -1 for one that backward gets."""
-        self.new.append(replace(like, name="", held="", category=like.category if kept else "temporary"))
+        category = like.category if kept else "temporary"
+        self.new.append(Storage(like.nbytes, category, "", like.alloc, like.release, like.need, like.free, ""))
         self.life.append((number, begin, end))
         return len(self.trace.storages) + len(self.new) - 1
 
     def _again(self, number: int, block: Block) -> list[Op]:
         """The block's ops once more, up to the last pack that is needed."""
         trace, call = self.trace, self.trace.modules[block.call]
-        packs: dict[int, int] = {}
-        saved = set()
-        for t in trace.saved:
-            packs.setdefault(t.storage, t.packed_at)
-            saved.add(t.storage)
-        begin, stop = call.forward_begin, max(packs[s] for s in block.dropped)
+        begin, stop = call.forward_begin, max(self.packs[s] for s in block.dropped)
         prefix = f"{call.fqn}."
-        buffers = [i for i, s in enumerate(trace.storages) if s.category == "buffer" and s.name.startswith(prefix)]
+        buffers = [i for i in self.buffers if trace.storages[i].name.startswith(prefix)]
         length = len(buffers) + stop - begin
         ops: list[Op] = []
         now: dict[int, int] = {}
@@ -208,16 +212,17 @@ class _Rewriting:
                    nbytes, 0)
             )  # fmt: skip
         shift = len(buffers) - begin
-        for i, s in enumerate(trace.storages):
-            if begin <= s.alloc < stop:
-                if i in block.dropped:
-                    now[i] = self.stays[i] = self._storage(s, number, s.alloc + shift, -1, kept=True)
-                else:
-                    end = min((s.release if i in saved else s.free) + shift, length)
-                    now[i] = self._storage(s, number, s.alloc + shift, max(end, s.alloc + shift + 1))
+        dropped = set(block.dropped)
+        for i in sorted(i for op in range(begin, stop) for i in self.made_at.get(op, ())):
+            s = trace.storages[i]
+            if i in dropped:
+                now[i] = self.stays[i] = self._storage(s, number, s.alloc + shift, -1, kept=True)
+            else:
+                end = min((s.release if i in self.packs else s.free) + shift, length)
+                now[i] = self._storage(s, number, s.alloc + shift, max(end, s.alloc + shift + 1))
         for op in trace.ops[begin:stop]:
             reads, writes = (tuple(now.get(s, s) for s in touched) for touched in (op.reads, op.writes))
-            ops.append(replace(op, phase="backward", reads=reads, writes=writes))
+            ops.append(op_of(op, "backward", reads, writes))
         return ops
 
     def write(self) -> Trace:
@@ -264,12 +269,13 @@ class _Rewriting:
         batches = {position: number for number, position in enumerate(self.at)}
         if len(batches) < len(self.at):
             raise PlanMismatchError(f"two blocks of {trace.model} would run again at one moment: plan one of them")
+        stays, forward_end = self.stays, trace.forward_end
         for i, op in enumerate(trace.ops):
             if i in batches:
                 ops += self.batches[batches[i]]
-            if i >= trace.forward_end and any(s in self.stays for s in (*op.reads, *op.writes)):
-                reads, writes = (tuple(self.stays.get(s, s) for s in touched) for touched in (op.reads, op.writes))
-                op = replace(op, reads=reads, writes=writes)
+            if i >= forward_end and not (stays.keys().isdisjoint(op.reads) and stays.keys().isdisjoint(op.writes)):
+                reads, writes = (tuple(stays.get(s, s) for s in touched) for touched in (op.reads, op.writes))
+                op = op_of(op, op.phase, reads, writes)
             ops.append(op)
         modules = tuple(
             replace(

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 
 from vdnn.analysis.blocks import blocked
 from vdnn.analysis.encodable import elements_of, refusal, windows
+from vdnn.analysis.insertion import call_at, op_of, saved_at, stored_at
 from vdnn.analysis.moments import Moment, Points
 from vdnn.analysis.recomputing import recomputed
 from vdnn.errors import PlanMismatchError
@@ -230,7 +231,7 @@ class _Rewriting:
             last_pack[t.storage] = max(last_pack.get(t.storage, 0), packed)
             asked = tuple(moved((p, 2 * len(trace.saved) + 2 + i), False) for p in t.unpacked_at)
             storage = self.code.get(t.storage, t.storage)
-            saved.append(replace(t, storage=storage, packed_at=packed, unpacked_at=asked))
+            saved.append(saved_at(t, storage, packed, asked))
         needs: dict[int, int] = {}
         for t in saved:
             for p in t.unpacked_at:
@@ -241,7 +242,7 @@ class _Rewriting:
             release, free, need = freed(s.release), freed(s.free), needs.get(number, -1)
             if number in self.code:
                 release = free = max(release, last_pack[number], alloc + 1)
-            storages.append(replace(s, alloc=alloc, release=release, need=need if s.need >= 0 else -1, free=free))
+            storages.append(stored_at(s, alloc, release, need if s.need >= 0 else -1, free))
         n = len(trace.storages)
         source = {made: old for old, made in self.back.items()}
         codes = {code: old for old, code in self.code.items()}
@@ -256,7 +257,7 @@ class _Rewriting:
             release, need = free, -1
             if number in codes:
                 release, need = first[block] + len(self.blocks[block].ops), needs.get(number, -1)
-            storages.append(replace(self.storages[number - n], alloc=alloc, release=release, need=need, free=free))
+            storages.append(stored_at(self.storages[number - n], alloc, release, need, free))
         modules = []
         for c, call in enumerate(trace.modules):
             end = moved(points.end(c), True)
@@ -264,22 +265,19 @@ class _Rewriting:
             if call.backward_begin >= 0:
                 backward = (index(call.backward_begin), index(call.backward_end - 1) + 1)
             begin = min(freed(call.forward_begin), end)
-            modules.append(
-                replace(
-                    call, forward_begin=begin, forward_end=end, backward_begin=backward[0], backward_end=backward[1]
-                )
-            )
+            modules.append(call_at(call, begin, end, *backward))
         ops: list[Op] = []
         place = 0
+        back, forward_end = self.back, trace.forward_end
         for i, op in enumerate((*trace.ops, None)):
             while place < len(order) and at[place] == i:
                 ops += self.blocks[order[place]].ops
                 place += 1
             if op is None:
                 break
-            if i >= trace.forward_end and any(r in self.back for r in (*op.reads, *op.writes)):
-                reads = tuple(self.back.get(r, r) for r in op.reads)
-                op = replace(op, reads=reads, writes=tuple(self.back.get(w, w) for w in op.writes))
+            if i >= forward_end and not (back.keys().isdisjoint(op.reads) and back.keys().isdisjoint(op.writes)):
+                reads, writes = (tuple(back.get(s, s) for s in touched) for touched in (op.reads, op.writes))
+                op = op_of(op, op.phase, reads, writes)
             ops.append(op)
         step = replace(trace, ops=tuple(ops), storages=tuple(storages), saved=tuple(saved), modules=tuple(modules))
         if self.checked:

@@ -13,15 +13,15 @@ What draws random numbers is never run twice.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from vdnn.analysis.chains import RANDOM, Chain, makers, planned_chains
+from vdnn.analysis.insertion import call_at, op_of, saved_at, shifted, stored_at
 from vdnn.analysis.moments import Points
 from vdnn.errors import PlanMismatchError
 from vdnn.values.plan import Offload, Plan, Recompute
-from vdnn.values.trace import Op, SavedTensor, Storage, Trace
+from vdnn.values.trace import Op, Storage, Trace
 
 __all__ = ["makeable", "recompute", "recomputed", "regenerators"]
 
@@ -180,7 +180,7 @@ class _Rewriting:
                 new_writes = tuple(table[w] for w in op.writes)
                 for used in (*new_reads, *new_writes):
                     last_use[used] = len(ops)
-                ops.append(replace(op, phase="backward", reads=new_reads, writes=new_writes))
+                ops.append(op_of(op, "backward", new_reads, new_writes))
             return self.now.get(s, temporary.get(s, s))
 
         place(storage)
@@ -190,7 +190,8 @@ class _Rewriting:
 
     def _new(self, old: int, keep: bool, temporary: dict[int, int], position: int, place: int) -> None:
         s = self.trace.storages[old]
-        self.storages.append(replace(s, category=s.category if keep else "temporary", need=-1, release=s.free))
+        category = s.category if keep else "temporary"
+        self.storages.append(Storage(s.nbytes, category, s.name, s.alloc, s.free, -1, s.free, s.held))
         number = len(self.storages) - 1
         self.born[number] = (position, place)
         (self.now if keep else temporary)[old] = number
@@ -202,21 +203,26 @@ class _Rewriting:
         for _, again in self.inserted:
             before.append(before[-1] + len(again))
 
-        # a position: what is computed again at it comes after it; an op: after it
-        moments = [p + before[bisect_left(at, p)] for p in range(len(trace.ops) + 1)]
+        moments = shifted(len(trace.ops), at, before)
         moment = moments.__getitem__
 
         def index(op: int) -> int:
-            return op + before[bisect_left(at, op + 1)]
+            return moments[op + 1] - 1
 
+        own = list(trace.ops)
+        now = self.now
+        for i in range(trace.forward_end, len(own)):
+            op = own[i]
+            if not (now.keys().isdisjoint(op.reads) and now.keys().isdisjoint(op.writes)):
+                reads = tuple(now.get(r, r) for r in op.reads)
+                own[i] = op_of(op, op.phase, reads, tuple(now.get(w, w) for w in op.writes))
         ops: list[Op] = []
-        batches = dict(self.inserted)
-        for i, op in enumerate(trace.ops):
-            ops += batches.get(i, [])
-            if i >= trace.forward_end and any(r in self.now for r in (*op.reads, *op.writes)):
-                reads = tuple(self.now.get(r, r) for r in op.reads)
-                op = replace(op, reads=reads, writes=tuple(self.now.get(w, w) for w in op.writes))
-            ops.append(op)
+        end = 0
+        for position, again in self.inserted:
+            ops += own[end:position]
+            ops += again
+            end = position
+        ops += own[end:]
         first: dict[int, list[int]] = {}
         for i, positions in self.asked.items():
             first.setdefault(trace.saved[i].storage, []).extend(positions)
@@ -227,44 +233,25 @@ class _Rewriting:
                 alloc = moment(position) + place
                 dies = self.dies.get(number)
                 free = moment(dies[0]) + dies[1] if dies else moment(s.free)
-                storages.append(_lasting(s, alloc, free, s.need, free))
+                storages.append(stored_at(s, alloc, free, s.need, free))
             elif number in self.dropped:
                 gone = moment(max(s.release, self.last_pack.get(number, 0)))
-                storages.append(_lasting(s, index(s.alloc), gone, -1, gone))
+                storages.append(stored_at(s, index(s.alloc), gone, -1, gone))
             else:
                 alloc = index(s.alloc) if s.alloc >= 0 else -1
                 need = moment(min([s.need, *first.get(number, ())])) if s.need >= 0 else -1
-                storages.append(_lasting(s, alloc, moment(s.release), need, moment(s.free)))
-        saved = tuple(
-            SavedTensor(
-                t.module,
-                t.index,
-                t.storage,
-                t.dtype,
-                t.shape,
-                t.stride,
-                t.offset,
-                t.nbytes,
-                moment(t.packed_at),
-                tuple(moment(u) for u in sorted({*self.asked.get(i, ()), *t.unpacked_at})),
-                t.node,
-            )
-            for i, t in enumerate(trace.saved)
-        )
+                storages.append(stored_at(s, alloc, moment(s.release), need, moment(s.free)))
+        saved = []
+        for i, t in enumerate(trace.saved):
+            asked = sorted({*self.asked.get(i, ()), *t.unpacked_at})
+            saved.append(saved_at(t, t.storage, moment(t.packed_at), tuple(map(moment, asked))))
         modules = tuple(
-            replace(
-                call,
-                backward_begin=moment(call.backward_begin) if call.backward_begin >= 0 else -1,
-                backward_end=moment(call.backward_end) if call.backward_end >= 0 else -1,
-            )
+            call_at(call, call.forward_begin, call.forward_end, moment(call.backward_begin), moment(call.backward_end))
+            if call.backward_begin >= 0
+            else call
             for call in trace.modules
         )
-        made = replace(trace, ops=tuple(ops), storages=tuple(storages), saved=saved, modules=modules)
+        made = replace(trace, ops=tuple(ops), storages=tuple(storages), saved=tuple(saved), modules=modules)
         if self.checked:
             made.check()
         return made
-
-
-def _lasting(s: Storage, alloc: int, release: int, need: int, free: int) -> Storage:
-    """The storage with another lifetime; a planner makes millions, and `replace` takes five times as long."""
-    return Storage(s.nbytes, s.category, s.name, alloc, release, need, free, s.held)
