@@ -108,3 +108,17 @@ def test_the_loss_of_classes_is_as_the_fake_mode_has_it(reduction: int, dtype: t
                 pairs = zip(found, made, strict=True) if isinstance(found, tuple) else [(found, made)]
                 for ours, theirs in pairs if found is not None else ():
                     assert (ours.shape, ours.stride(), ours.dtype) == (theirs.shape, theirs.stride(), theirs.dtype)
+
+
+@settings(max_examples=40, deadline=None)
+@given(SIZES, LAYOUTS, st.booleans(), st.integers(0, 2))
+def test_a_copy_lies_as_the_fake_mode_has_it(sizes: list[int], order: list[int], sliced: bool, along: int) -> None:
+    with FakeTensorMode() as mode:
+        wide = [n + (sliced and axis == along) for axis, n in enumerate(sizes)]
+        tensor = torch.empty([wide[i] for i in order]).permute([order.index(i) for i in range(3)])
+        tensor = tensor.narrow(along, 0, sizes[along])
+        found, expected = shortcut(mode, ATEN.clone.default, (tensor,), {}), ATEN.clone.default(tensor)
+    if found is not None:
+        assert (found.shape, found.stride(), found.dtype) == (expected.shape, expected.stride(), expected.dtype)
+    if order == [0, 1, 2] and not sliced:
+        assert found is not None

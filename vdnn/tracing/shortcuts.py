@@ -4,7 +4,7 @@ FakeTensorMode takes 0.15 to 2 ms an op: it hashes the arguments, keeps a cache 
 runs decompositions in Python. Of the ops that a step has most of the result is known beforehand:
 
     a view                          torch's own C++ rule for views, on the fakes' meta tensors
-    one of dense tensors alike      the shape, strides and dtype of its arguments
+    one of dense tensors alike      the shape, strides and dtype of its arguments; a copy of one
     in place                        its first argument
     cuDNN's batch norm, forward     like its input, and two statistics per channel
     the loss of classes             two numbers, and a gradient like its input
@@ -67,6 +67,9 @@ def shortcut(mode: FakeTensorMode, func: Any, args: Any, kwargs: Any) -> Any:
     if func in _LOSSES:
         given, weight, reduction = (args[i] for i in _LOSSES[func])
         return _nll_loss(mode, given, weight, reduction, func is _ATEN.nll_loss_backward.default)
+    if func is _ATEN.clone.default:
+        dense = torch._prims_common.is_non_overlapping_and_dense_or_false(first)
+        return _like(mode, first, first.shape, first.stride(), first.dtype) if dense else None
     count = _ALIKE.get(func)
     if count is not None:
         if _alike(args[:count]) and (strides := _output_strides(first)) is not None:

@@ -192,7 +192,8 @@ def _run(
     try:
         with stage.outside_the_engine():
             if steps is not None or in_place:
-                _first_step(model, steps, rec, capture.device, in_place)
+                with capture.unseen(), rec:
+                    _first_step(model, steps, rec, capture.device, in_place)
             calls = ModuleCalls(model, capture.begin, capture.end)
             calls.attach()
             try:
