@@ -149,6 +149,10 @@ class Driver:
         self.registered[address] = nbytes, self.current
         return torch._C._cudart.cudaError(0)
 
+    def cudaMemGetInfo(self, device: int) -> tuple[int, int]:
+        assert 0 <= device < self.devices
+        return self.properties.total_memory, self.properties.total_memory
+
     def cudaHostUnregister(self, address: int) -> Any:
         _, index = self.registered.pop(address)
         assert index == self.current, "the current device is another one, and would get a context"

@@ -11,10 +11,12 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import vdnn
 from tests import fake_cuda
 from tests.fake_cuda import Driver, pretended_cuda
+from vdnn.cli.main import app
 from vdnn.engine.blocks import _generators, _random_as
 from vdnn.engine.cuda import CudaDevice
 from vdnn.engine.device import HostBlock
@@ -92,9 +94,28 @@ def test_a_wrapped_model_trains_and_every_copy_is_on_a_side_stream(driver: Drive
     assert driver.copies == {("out", 1): 9, ("back", 2): 9}
     assert [size for size, _ in driver.registered.values()] == [3 * 128 * 64 * 4]
     assert driver.streams[0] == 0
-    vdnn.unwrap(model)
-    gc.collect()
+    vdnn.unwrap(model)  # the collector need not run
     assert not driver.registered
+
+
+@pytest.mark.parametrize("budget", [None, "128MB"])
+def test_a_model_wrapped_within_the_memory_there_is_is_tracked(driver: Driver, budget: str | None) -> None:
+    model, x = network()
+    expected = gradients(model, x)
+    vdnn.wrap(model, budget=budget)
+    with vdnn.track(model) as tracker:
+        found = gradients(model, x, 1)
+    assert all(map(torch.equal, found, expected))
+    assert tracker.result().gpu == "NVIDIA H200"
+    assert "without offload" in str(vdnn.report(model)) or vdnn.report(model).offloaded_bytes
+
+
+def test_vdnn_run_trains_on_a_card(driver: Driver) -> None:
+    options = "-O layers=1 -O hidden=32 -O sequence=16 --batch 2 --steps 2 --min-bytes 1KiB --policy vdnn-all"
+    done = CliRunner().invoke(app, f"run demo:transformer --gpu h200 --device cuda {options}".split())
+    assert done.exit_code == 0, done.output
+    assert "are torch.equal to those without offload" in done.output
+    assert driver.copies["out", driver.made - 1] == driver.copies["back", driver.made] > 0
 
 
 def test_a_step_by_rule_waits_for_nothing_on_the_host(driver: Driver) -> None:

@@ -138,6 +138,9 @@ class CudaDevice:
     def give_back(self, block: HostBlock, busy: torch.cuda.Event | None) -> None:
         self._pool.give_back(block, busy)
 
+    def trim(self) -> None:
+        self._pool.trim()
+
     def host_arena(self) -> Arena:
         return Arena(self._pool)
 

@@ -199,6 +199,9 @@ class Device(Protocol):
     def give_back(self, block: HostBlock, busy: Event | None) -> None:
         """Return a block to the pool; its next owner waits for `busy`. May be called from any thread."""
 
+    def trim(self) -> None:
+        """Give host memory that is free back to the system."""
+
     def host_arena(self) -> Arena:
         """Host memory that is laid out from plans, one at a time."""
 

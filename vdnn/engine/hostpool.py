@@ -81,6 +81,13 @@ class HostPool:
         block.busy = busy
         self._returned.append(block)
 
+    def trim(self) -> None:
+        """Give free memory back to the system, without waiting for the collector."""
+        with self.lock:
+            self.collect()
+            self._free.clear()
+            self.collect()
+
     def sizes(self) -> HostUse:
         """What is in use and reserved."""
         with self.lock:

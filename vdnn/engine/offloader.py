@@ -131,6 +131,11 @@ class Offloader:
             self.current.block = None
         self.current = self._frame = None
 
+    def close(self) -> None:
+        """No pass comes any more: host memory that is free goes back to the system."""
+        self._arena = None
+        self.device.trim()
+
     # -- pack --------------------------------------------------------------------------------------
 
     def pack(self, tensor: torch.Tensor) -> Kept | Marked | Offloaded:

@@ -91,6 +91,7 @@ class Engine:
         self._close()
         self._first.remove()
         self._calls.detach()
+        self.offloader.close()
 
     def report(self) -> EngineReport:
         """What the engine did so far."""

@@ -254,6 +254,9 @@ class VirtualDevice:
             self._note(block)
         return block
 
+    def trim(self) -> None:
+        self._pool.trim()
+
     def host_arena(self) -> Arena:
         return Arena(self._pool, self._note)
 

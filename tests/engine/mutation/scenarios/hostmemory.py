@@ -69,3 +69,6 @@ def an_arena_in_threads_one_after_the_other(engine: ModuleType) -> None:
 
     for rows in (8, 6, 4, 8, 8):
         in_thread(lambda rows=rows: run(rows))
+    for work in (lambda: device.give_back(device.host_block(64), None), device.trim, device.trim):
+        in_thread(work)
+    expect(device.host_bytes().allocations == 2, "not one slab for the plans and one for the block")
