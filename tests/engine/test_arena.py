@@ -98,8 +98,9 @@ def test_memory_is_pinned_once_and_is_what_the_plan_moves() -> None:
     for _ in range(4):
         got = gradients(model, x)
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-    unwrap_model(model)
     use = device.host_bytes()
+    unwrap_model(model)
+    assert device.host_bytes().reserved_bytes == 0
     (schedule,) = made.values()
     assert schedule.plan.offloaded_bytes <= sum(pinned) <= 1.02 * schedule.plan.offloaded_bytes
     assert len(pinned) == use.allocations == 1
