@@ -35,7 +35,7 @@ MACHINE = Hardware(
 IDEAL = CostNumbers(
     **{
         name: 0.0
-        if name.endswith(("_start", "_half", "_bytes", "_taps", "_reuse", "exponent", "per_flop", "unhidden"))
+        if name.endswith(("_start", "_half", "_bytes", "_taps", "_others", "per_flop", "unhidden"))
         else 1.0
         for name in CostNumbers.__slots__
     }
@@ -94,6 +94,44 @@ def test_a_long_sum_of_a_small_result_is_split_over_the_multiprocessors():
     assert time_of(short, four) > 1.5 * time_of(short, one)  # which a short sum cannot
 
 
+def test_products_of_many_matrices_on_the_cores_are_not_split():
+    one, four = (replace(MACHINE, sm_count=n) for n in (1, 4))
+    many = op("matmul", (2, 64, 32, 1 << 16), dtype="float32")
+    assert time_of(many, four) == pytest.approx(2 * time_of(many, one), rel=1e-3)  # two of four multiprocessors work
+
+
+def test_products_of_many_matrices_take_128_rows_at_least_from_ampere_on():
+    ampere = replace(MACHINE, peaks=(*MACHINE.peaks, Peak("bfloat16", 8 * 10**12)))
+    few, enough = (op("matmul", (8, m, 128, 4096), dtype="float32") for m in (64, 128))
+    assert time_of(few, ampere) == time_of(enough, ampere) == pytest.approx(2 * time_of(few), rel=1e-3)
+
+
+def test_before_volta_columns_that_a_wave_does_not_reach_over_are_read_for_each_row_of_tiles():
+    """One multiprocessor's wave is 256 columns. Of 1024 columns each of 8 rows of tiles reads all, 4 bytes each."""
+    numbers = replace(IDEAL, read_again=0.01)
+    pascal = replace(MACHINE, sm_count=1, process_nm=16)
+    wide = op("matmul", (1, 1024, 1024, 512), dtype="float32")
+    assert time_of(wide, pascal, numbers) == pytest.approx(8 * 4 * 1024 * 512 / 10, rel=1e-3)
+    assert time_of(wide, replace(pascal, process_nm=12), numbers) == time_of(wide, pascal)
+    narrow = op("matmul", (1, 128, 256, 4096), dtype="float32")
+    assert time_of(narrow, pascal, numbers) == time_of(narrow, pascal)
+
+
+def test_a_convolution_on_the_cores_takes_as_long_as_the_tiles_a_multiprocessor_has_at_once():
+    """8 tiles of 64 × 32 on 8 multiprocessors, each of which is as slow as if it had three."""
+    numbers = replace(IDEAL, conv_others=2.0)
+    machine = replace(MACHINE, sm_count=8)
+    one = op("conv", (1, 64, 32, 1, 512, 25, 512), dtype="float32")
+    assert time_of(one, machine, numbers) == pytest.approx(3 * time_of(one, machine), rel=1e-3)
+
+
+def test_winograds_algorithm_multiplies_a_quarter_as_much():
+    """36 products for 16 results of 9 taps each; here for so many channels that its transforms are hidden."""
+    fast = replace(MACHINE, dram_bytes_per_s=10**15)
+    folded, plain = (op("conv", (16, 256, 256, 1, 4096, window, 4096), dtype="float32") for window in (9, 1))
+    assert time_of(folded, fast) == pytest.approx(36 / 16 * time_of(plain, fast), rel=0.01)
+
+
 def test_a_stream_takes_its_bytes_over_the_bandwidth():
     assert time_of(op("elementwise", (500, 500, 0), nbytes=3000, written=1000)) == 4
 
@@ -104,13 +142,6 @@ def test_a_transposing_copy_uses_a_part_of_what_it_moves():
     crossed = op("copy", (10**6, 1, 0), nbytes=10**6, written=10**6)
     assert time_of(straight, numbers=numbers) == pytest.approx(2000, abs=1)
     assert time_of(crossed, numbers=numbers) == pytest.approx(8000, abs=1)  # two bytes of eight
-
-
-def test_what_the_cache_holds_is_not_read_again():
-    numbers = replace(IDEAL, l2_reuse=0.5)
-    one = op("elementwise", (10**6, 10**6, 0), nbytes=10**6, written=10**6)
-    assert time_of(one, replace(MACHINE, l2_bytes=10**6), numbers) == 1500
-    assert time_of(one, replace(MACHINE, l2_bytes=10**9), numbers) == 1000
 
 
 def conv(groups: int = 1, name: str = "aten.convolution.default", channels: int = 256, window: int = 9) -> Op:
@@ -138,6 +169,11 @@ def test_backward_of_a_convolution_is_two_and_without_the_input_s_gradient_one()
     alone = replace(both, written_bytes=weights)
     assert time_of(both, numbers=numbers) > 1.8 * time_of(forward, numbers=numbers)
     assert time_of(alone, numbers=numbers) < 0.6 * time_of(both, numbers=numbers)
+
+
+def test_tensors_that_a_model_left_channels_last_are_not_turned_either():
+    one = conv()
+    assert time_of(replace(one, dims=(*one.dims, 1))) == time_of(one, nhwc=True) < time_of(one)
 
 
 def depthwise(channels: int, window: int, pixels: int, before: int, dtype: str = "float16") -> Op:

@@ -29,7 +29,7 @@ def conv_ops(trace: Trace) -> dict[Direction, list[int]]:
     """The convolutions of each module call and direction, in order."""
     found: dict[Direction, list[int]] = {}
     for i, op in enumerate(trace.ops):
-        if op.kernel == "conv" and op.module >= 0 and len(op.dims) == 7:
+        if op.kernel == "conv" and op.module >= 0 and len(op.dims) >= 7:
             found.setdefault((op.module, op.phase == "backward"), []).append(i)
     return found
 

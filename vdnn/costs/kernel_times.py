@@ -4,7 +4,7 @@ product       waves of tiles over the multiprocessors, each tile at a fraction o
 convolution   the same of its implicit product, or Winograd's products, or (depthwise) its traffic and its arithmetic;
               around tensor cores NCHW tensors are turned to NHWC and back
 attention     its products, at fractions of their own
-stream        bytes over a fraction of the bandwidth, less what the L2 cache still holds
+stream        bytes over a fraction of the bandwidth
 
 Every kernel adds its start. Nothing here knows a model, and a machine is known by its `Hardware` alone.
 """
@@ -26,7 +26,7 @@ __all__ = ["FAMILIES", "Machine", "attention_ns", "convolution_ns", "family_time
 
 F = npt.NDArray[np.float64]
 # Tiles that library kernels are built for: rows × columns of the result. Each product takes the one that is fastest.
-TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64), (64, 32), (32, 64))
+TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64), (128, 32), (64, 32), (32, 64))
 LOW = ("float16", "bfloat16")
 BLOCKS_OF_A_MULTIPROCESSOR = 6  # 1536 threads in blocks of 256
 CHANNELS_OF_TENSOR_CORES = 8  # fp16 kernels read 16 bytes at once
@@ -39,21 +39,20 @@ class Machine:
     hardware: Hardware
     dram: float
     multiprocessors: float
-    l2: float
     start_ns: float
     cores: float  # flops a ns of the cores for fp32, as far as the power allows
 
     @staticmethod
-    def of(hardware: Hardware, numbers: CostNumbers) -> Machine:
+    def of(hardware: Hardware, numbers: CostNumbers, lasting: bool = True) -> Machine:
+        """Of work that lasts: a board's limit of power lowers its clock only after some milliseconds."""
         peak = hardware.peak("float32") / 1e9
-        if hardware.power_watts is not None and hardware.process_nm is not None:
-            energy = numbers.fp32_pj_per_flop * (hardware.process_nm / 12) ** numbers.energy_exponent
+        if lasting and hardware.power_watts is not None and hardware.process_nm is not None:
+            energy = numbers.fp32_pj_per_flop * (hardware.process_nm / 12) ** 2  # areas, and so capacities
             peak = min(peak, hardware.power_watts / energy * 1e3)
         return Machine(
             hardware,
             hardware.dram_bytes_per_s / 1e9,
             float(hardware.sm_count or 1),
-            float(hardware.l2_bytes or 0),
             hardware.kernel_ns * numbers.kernel_start,
             peak,
         )
@@ -64,6 +63,16 @@ class Machine:
         peak = self.hardware.peak(asked) / 1e9
         tensor = peak > 1.5 * self.hardware.peak("float32") / 1e9 and asked != "float32"
         return (peak, True) if tensor else (min(self.cores * (peak * 1e9 / self.hardware.peak("float32")), peak), False)
+
+    @property
+    def batched_rows(self) -> int:
+        """The fewest rows of a tile in products of many matrices on the cores: from Ampere on no kernel has fewer."""
+        return 128 if any(p.dtype == "bfloat16" for p in self.hardware.peaks) else 64
+
+    @property
+    def before_volta(self) -> bool:
+        """By the process: Pascal's chips have 16 nm, Maxwell's 28."""
+        return self.hardware.process_nm is not None and self.hardware.process_nm >= 16
 
     def measured(self, kernel: str, compute: float, memory: float) -> tuple[float, float]:
         """Fractions of peak and bandwidth of a class of kernels: as measured on this machine, else as given."""
@@ -99,22 +108,26 @@ def tiled_ns(
     half: float,
     start_k: F | float,
     sms: float,
-    least: int = 32,
+    rows: int = 32,
+    columns: int = 32,
+    split: npt.NDArray[np.bool_] | bool = True,
+    others: float | None = None,
 ) -> F:
     """The arithmetic of products, in the tile that is fastest.
 
         tiles = ⌈m/tm⌉·⌈n/tn⌉·batch      waves = ⌈tiles · parts / multiprocessors⌉
         time  = waves · 2·tm·tn·(k/parts + start_k) / (rate / multiprocessors · fraction · I/(I + half))
 
-    I = tm·tn/(tm + tn) is the tile's arithmetic for each element it loads. Where tiles are fewer than multiprocessors,
-    k is split into `parts`. Sides of tiles are `least` or more.
+    I = tm·tn/(tm + tn) is the tile's arithmetic for each element it loads. Where tiles are fewer than multiprocessors
+    and kernels can do that (`split`), k is split into `parts`. Tiles have these rows and columns or more. Kernels of
+    which a multiprocessor runs `others` + 1 tiles at once have no waves, but take as long as all of them at least.
     """
     best: F | None = None
-    for tm, tn in (tile for tile in TILES if min(tile) >= least):
+    for tm, tn in (tile for tile in TILES if tile[0] >= rows and tile[1] >= columns):
         intensity = tm * tn / (tm + tn)
         tiles = np.ceil(m / tm) * np.ceil(n / tn) * batch
-        parts = np.maximum(1.0, np.minimum(np.floor(sms / tiles), np.floor(k / 128)))
-        waves = np.ceil(tiles * parts / sms)
+        parts = np.where(split, np.maximum(1.0, np.minimum(np.floor(sms / tiles), np.floor(k / 128))), 1.0)
+        waves = np.ceil(tiles * parts / sms) if others is None else np.maximum(tiles * parts / sms, 1.0) + others
         each = 2.0 * tm * tn * (k / parts + start_k) / (rate / sms * fraction * intensity / (intensity + half))
         best = waves * each if best is None else np.minimum(best, waves * each)
     assert best is not None
@@ -135,10 +148,23 @@ def product_ns(shapes: Sequence[ProductShape], machine: Machine, c: CostNumbers)
             fraction, memory = machine.measured(kernel, c.tensor_fraction if tensor else c.core_fraction, c.stream)
             half, start = (c.tensor_half, c.tensor_start) if tensor else (0.0, c.core_start)
             sides = (batch[at], m[at], n[at], k[at])
-            work = tiled_ns(*sides, rate, fraction, half, start, machine.multiprocessors, 64 if tensor else 32)
+            sms = machine.multiprocessors
+            work = tiled_ns(*sides, rate, fraction, half, start, sms, 64, 64 if tensor else 32)
+            if not tensor:
+                many = tiled_ns(*sides, rate, fraction, half, start, sms, machine.batched_rows, split=False)
+                work = np.where(batch[at] == 1, work, many)
+                if machine.before_volta:
+                    work = np.where(batch[at] == 1, np.maximum(work, _read_again(*sides[1:], machine, c)), work)
             traffic = _traffic(nbytes[at], machine, memory)
-            ns[at] = _both(work, traffic, c) if tensor else np.maximum(work, traffic)
+            ns[at] = _both(work, traffic, c) if tensor else np.maximum(work, traffic / c.core_traffic)
     return ns + machine.start_ns
+
+
+def _read_again(m: F, n: F, k: F, machine: Machine, c: CostNumbers) -> F:
+    """Where one wave of tiles does not reach over all columns, each row of tiles reads them again, in short pieces."""
+    wave = 2 * machine.multiprocessors * 128
+    passes = np.maximum(1.0, np.ceil(m / 128) / np.maximum(1.0, wave / n))
+    return np.where(passes > 1, 4 * n * k * passes / (machine.dram * c.read_again), 0.0)
 
 
 def _both(work: F, traffic: F, c: CostNumbers) -> F:
@@ -191,12 +217,13 @@ def _dense(
     c: CostNumbers,
 ) -> F:
     batch, _, _, groups, m, n, k, x, y, w, window, out_pixels, in_pixels = part
-    kept = np.where(ways == "weight", c.weight_gradient, np.where(ways == "data", c.data_gradient, 1.0))
+    kept = np.where(ways == "weight", c.weight_gradient, 1.0)
     # forward's product and the data's have the pixels as one side, the weights' has a group's few channels both ways
     grouped = np.where(groups > 1, np.where(ways == "weight", c.grouped**2, c.grouped), 1.0)
-    cores, memory = machine.measured("conv", c.core_fraction * c.conv_core, c.stream)
+    cores, memory = machine.measured("conv", c.core_fraction, c.stream)
     sms = machine.multiprocessors
-    plain = tiled_ns(groups, m, n, k, machine.cores, cores * kept * grouped, 0.0, c.core_start, sms)
+    share, split = cores * kept * grouped, ways == "weight"
+    plain = tiled_ns(groups, m, n, k, machine.cores, share, 0.0, c.core_start, sms, 64, 32, split, c.conv_others)
     same = (window == 9) & (groups == 1) & (np.abs(in_pixels / out_pixels - 1) < 0.5) & (ways != "weight")
     direct = np.maximum(plain, _traffic(x + y + w, machine, memory))
     folded = _winograd(part, cores * kept * c.winograd, machine, memory, c)
@@ -226,27 +253,18 @@ def _dense(
 
 
 def _winograd(part: list[F], fraction: F, machine: Machine, memory: float, c: CostNumbers) -> F:
-    """Winograd's F(r×r, 3×3): (r + 2)² products for r² results; r = 2 in one kernel, r = 4 with its transforms in DRAM.
+    """Winograd's F(4×4, 3×3): 36 products for 16 results, and four kernels: both tensors are turned, the weights, back.
 
-    Both turn the weights first, which for many channels and few pixels is most of the work.
+    For many channels and few pixels turning the weights is most of the work.
     """
     batch, _, _, _, _, n, k, x, y, w, _, out_pixels, _ = part
     channels = np.maximum(k / 9, 1)
-    best: F | None = None
-    for side in (2, 4):
-        points = float((side + 2) ** 2)
-        tiles = batch * np.ceil(np.sqrt(out_pixels) / side) ** 2
-        many = np.full_like(n, points)
-        work = tiled_ns(many, tiles, n, channels, machine.cores, fraction, 0.0, c.core_start, machine.multiprocessors)
-        item = w / np.maximum(n * channels * 9, 1)
-        weights = w * (1 + 2 * points / 9)
-        if side == 2:
-            ns = np.maximum(work, _traffic(x + y, machine, memory)) + _traffic(weights, machine, memory)
-        else:
-            ns = work + _traffic(x + y + 2 * points * tiles * (channels + n) * item + weights, machine, memory)
-        best = ns if best is None else np.minimum(best, ns)
-    assert best is not None
-    return best
+    tiles = batch * np.ceil(np.sqrt(out_pixels) / 4) ** 2
+    points, sms = np.full_like(n, 36.0), machine.multiprocessors
+    work = tiled_ns(points, tiles, n, channels, machine.cores, fraction, 0.0, c.core_start, sms, 64, 32, False, c.conv_others)
+    item = w / np.maximum(n * channels * 9, 1)
+    turned = (x + y + 2 * 36 * tiles * (channels + n) * item) * c.winograd_traffic
+    return work + _traffic(turned + 9 * w, machine, memory) + 3 * machine.start_ns
 
 
 def _depthwise(
@@ -313,17 +331,18 @@ def stream_ns(shapes: Sequence[StreamShape], machine: Machine, c: CostNumbers) -
     if not shapes:
         return np.empty(0)
     kernels, kinds, *rest = _columns(shapes)
-    read, written, run, _, row = _floats(rest)
-    fraction = c.stream * np.array([getattr(c, kind, 1.0) for kind in kinds.tolist()])
+    read, written, run, *_ = _floats(rest)
+    fraction = c.stream * np.array([_fraction(c, kind) for kind in kinds.tolist()])
     for kernel in {e.kernel for e in machine.hardware.efficiencies}:
         fraction = np.where(kernels == kernel, machine.measured(kernel, 1.0, 1.0)[1], fraction)
     # DRAM and L2 move 32 bytes at least; in pieces shorter than that most of what is moved is not used
     fraction = fraction * np.maximum(run, 1) / (np.maximum(run, 1) + c.short_run_bytes)
-    rows = np.maximum(row, 1)
-    short = np.where(row > 0, rows / (rows + c.short_row_bytes), 1.0)
-    cached = np.minimum(read, c.l2_reuse * machine.l2)
-    nbytes = read + written - cached
-    return nbytes / (machine.dram * fraction * short) + machine.start_ns
+    return (read + written) / (machine.dram * fraction) + machine.start_ns
+
+
+def _fraction(c: CostNumbers, kind: str) -> float:
+    """A forward alone in low precision runs its norms in it (timm's fast norm), captured are fp32's: twice the bytes."""
+    return 2 * c.layer_norm if kind == "layer_norm_low" else float(getattr(c, kind, 1.0))
 
 
 # Formula, and the field of `Shapes` that it prices, in the order in which ops name families.

@@ -139,7 +139,7 @@ class _Table:
 def _work(kernel: Kernel, dims: Sizes) -> int:
     """Flops of the product, forward: a measure of size alone for what runs backward."""
     if kernel == "conv":
-        batch, c_in, c_out, groups, pixels, window, before = dims
+        batch, c_in, c_out, groups, pixels, window, before = dims[:7]
         return max(1, 2 * batch * c_in // groups * c_out * max(min(pixels, before), 1) * window)
     if kernel == "attention":
         batch, heads, queries, keys, size = dims[:5]
@@ -157,7 +157,7 @@ def _features(kernel: Kernel, dims: Sizes) -> tuple[float, ...]:
         return log2(max(n, 1))
 
     if kernel == "conv":
-        batch, c_in, c_out, groups, pixels, window, before = dims
+        batch, c_in, c_out, groups, pixels, window, before = dims[:7]
         return (
             at(c_in // groups),
             at(c_out // groups),

@@ -18,16 +18,21 @@ class CostNumbers:
     """Every number of the model, for one family of GPUs. Fractions are of a rate of the machine's datasheet.
 
     Products of matrices (`core`: on the cores for fp32, `tensor`: on tensor cores)
-        core_fraction, tensor_fraction   of the peak, in the main loop of a large product
+        core_fraction, tensor_fraction   of the peak, in the main loop of a large product; a card whose clock is above the
+                                         datasheet's boost clock, as gaming cards' is, reaches more than 1
         core_start, tensor_start         steps of the sum that the beginning and the end of a tile take
+        core_traffic                     of `stream`, that products on the cores reach where memory bounds them
+        read_again                       of the bandwidth, at which chips before Volta read columns a second time
         tensor_half                      arithmetic for each element loaded at which tensor cores run at half speed
         unhidden                         part of the shorter of arithmetic and traffic that the other does not hide
         fp32_pj_per_flop                 energy of a flop on the cores of a 12 nm chip: the power limit bounds the rate
-        energy_exponent                  the energy grows with that power of the process
+        power_settles_ns                 length of a kernel, measured alone, at which the limit has half of its effect
     Convolutions
-        conv_core, conv_tensor           against a product of the same size
-        winograd                         the products inside Winograd's algorithm, the same
-        data_gradient, weight_gradient   against forward
+        conv_tensor                      against a product of the same size
+        conv_others                      tiles that a multiprocessor works on beside the first, on the cores
+        winograd, winograd_traffic       the products inside Winograd's algorithm, against a product; part of the
+                                         traffic of its transforms that caches do not hold
+        weight_gradient                  against forward
         grouped                          with groups, each a product of its own: for each side of a group's channels
         layout_change                    of the bandwidth, when NCHW is turned to NHWC around tensor cores, and back
         pointwise                        windows of one pixel as products on NCHW tensors, against those on NHWC
@@ -37,13 +42,9 @@ class CostNumbers:
     attention                            fused: against a product
     Streams: fractions of the bandwidth
         stream                           kernels that read and write once, in order
-        batch_norm, batch_norm_backward, layer_norm, layer_norm_backward, softmax, reduce, pool, pool_backward, gather,
-        scatter                          of `stream`, counting each input and output once, though some read it twice
-        layer_norm_low                   the same of a forward alone in low precision, where libraries leave out casts
-                                         to fp32 (timm's fast norm): above 1, as fewer bytes move than are captured
+        batch_norm_backward, layer_norm, layer_norm_backward, softmax, pool_backward, gather, scatter
+                                         of `stream`, counting each input and output once, though some read it twice
         short_run_bytes                  bytes side by side at which half of what is moved is used
-        short_row_bytes                  bytes of a normalised row at which half of the time goes into its sums
-        l2_reuse                         part of the L2 cache that holds what the kernel before left there
     Starts
         kernel_start                     of a kernel, in the machine's `kernel_ns`
         host_view, host_backward         host time of a view, and of an op of backward, against `launch_ns` of an op
@@ -51,16 +52,18 @@ class CostNumbers:
 
     core_fraction: float
     core_start: float
+    core_traffic: float
+    read_again: float
     fp32_pj_per_flop: float
-    energy_exponent: float
+    power_settles_ns: float
     tensor_fraction: float
     tensor_half: float
     tensor_start: float
     unhidden: float
-    conv_core: float
     conv_tensor: float
+    conv_others: float
     winograd: float
-    data_gradient: float
+    winograd_traffic: float
     weight_gradient: float
     grouped: float
     layout_change: float
@@ -72,20 +75,14 @@ class CostNumbers:
     depthwise_taps: float
     attention: float
     stream: float
-    batch_norm: float
     batch_norm_backward: float
     layer_norm: float
-    layer_norm_low: float
     layer_norm_backward: float
     softmax: float
-    reduce: float
-    pool: float
     pool_backward: float
     gather: float
     scatter: float
     short_run_bytes: float
-    short_row_bytes: float
-    l2_reuse: float
     kernel_start: float
     host_view: float
     host_backward: float

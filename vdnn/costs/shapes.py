@@ -117,8 +117,8 @@ def shapes_of(trace: Trace, shapes: Shapes) -> list[tuple[Part, ...]]:
 def _parts(op: Op, nhwc: bool, low: bool, shapes: Shapes) -> Iterable[Part]:
     if op.kernel == "view":
         return
-    if op.kernel == "conv" and len(op.dims) == 7:
-        for conv in _convolutions(op, nhwc):
+    if op.kernel == "conv" and len(op.dims) >= 7:
+        for conv in _convolutions(op, nhwc or len(op.dims) > 7):
             yield CONVOLUTION, shapes.convolutions.setdefault(conv, len(shapes.convolutions))
         return
     if op.kernel == "attention" and len(op.dims) == 5:
@@ -145,7 +145,7 @@ def _cube(flops: int) -> tuple[int, int, int, int]:
 
 
 def _convolutions(op: Op, nhwc: bool) -> Iterable[ConvShape]:
-    batch, c_in, c_out, groups, out_pixels, window, in_pixels = op.dims
+    batch, c_in, c_out, groups, out_pixels, window, in_pixels = op.dims[:7]
     item = ITEM_BYTES.get(op.dtype, 4)
     x = batch * c_in * in_pixels * item
     # of a transposed convolution the weights are the same number, c_in · c_out / groups

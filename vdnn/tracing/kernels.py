@@ -162,7 +162,16 @@ def _conv(name: str, args: Any, out: Any) -> tuple[Kernel, tuple[int, ...], int]
     channels = (c_out if transposed else c_in) // groups
     flops = 2 * elements * channels * kernel_pixels * work
     dims = (x.shape[0], c_in, c_out, groups, prod(y.shape[2:]), kernel_pixels, prod(x.shape[2:]))
-    return "conv", tuple(map(int, dims)), int(flops)
+    last = (1,) if _channels_last(x) or _channels_last(weight) else ()
+    return "conv", (*map(int, dims), *last), int(flops)
+
+
+def _channels_last(tensor: torch.Tensor) -> bool:
+    """Whether cuDNN takes it as NHWC: a permuted result of a linear layer is, though nobody asked for it."""
+    if tensor.dim() not in (4, 5) or tensor.is_contiguous():
+        return False
+    layout = torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d
+    return tensor.is_contiguous(memory_format=layout)
 
 
 def _matmul(name: str, args: Any) -> tuple[Kernel, tuple[int, ...], int]:

@@ -167,7 +167,7 @@ class AlgorithmTable:
         Args:
             peak_flops_per_s: float32 peak of the GPU that it runs on; rates go in proportion to it.
         """
-        shape = Shape(*op.dims)
+        shape = Shape(*op.dims[:7])
         backward = op.phase == "backward"
         role: Role = "forward"
         if backward:
