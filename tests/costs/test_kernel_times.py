@@ -34,9 +34,7 @@ MACHINE = Hardware(
 # Every fraction one, every overhead nothing: what is left is the datasheet.
 IDEAL = CostNumbers(
     **{
-        name: 0.0
-        if name.endswith(("_start", "_half", "_bytes", "_taps", "_others", "per_flop", "unhidden"))
-        else 1.0
+        name: 0.0 if name.endswith(("_start", "_half", "_bytes", "_taps", "_others", "per_flop", "unhidden")) else 1.0
         for name in CostNumbers.__slots__
     }
 )

@@ -22,7 +22,16 @@ from vdnn.costs.numbers import CostNumbers
 from vdnn.costs.shapes import AttentionShape, ConvShape, ProductShape, Shapes, StreamShape
 from vdnn.values.hardware import Hardware
 
-__all__ = ["FAMILIES", "Machine", "attention_ns", "convolution_ns", "family_times", "product_ns", "stream_ns"]
+__all__ = [
+    "FAMILIES",
+    "Columns",
+    "Machine",
+    "attention_ns",
+    "convolution_ns",
+    "family_times",
+    "product_ns",
+    "stream_ns",
+]
 
 F = npt.NDArray[np.float64]
 # Tiles that library kernels are built for: rows × columns of the result. Each product takes the one that is fastest.
@@ -82,8 +91,16 @@ class Machine:
         return compute, memory
 
 
+class Columns(list[Any]):
+    """Shapes whose fields are turned to arrays once, for who prices them many times."""
+
+    def __init__(self, shapes: Iterable[Any]) -> None:
+        super().__init__(shapes)
+        self.arrays = [np.array(column) for column in zip(*self, strict=True)]
+
+
 def _columns(shapes: Sequence[Any]) -> list[npt.NDArray[Any]]:
-    return [np.array(column) for column in zip(*shapes, strict=True)]
+    return (shapes if isinstance(shapes, Columns) else Columns(shapes)).arrays
 
 
 def _floats(columns: Iterable[npt.NDArray[Any]]) -> list[F]:
@@ -261,7 +278,9 @@ def _winograd(part: list[F], fraction: F, machine: Machine, memory: float, c: Co
     channels = np.maximum(k / 9, 1)
     tiles = batch * np.ceil(np.sqrt(out_pixels) / 4) ** 2
     points, sms = np.full_like(n, 36.0), machine.multiprocessors
-    work = tiled_ns(points, tiles, n, channels, machine.cores, fraction, 0.0, c.core_start, sms, 64, 32, False, c.conv_others)
+    work = tiled_ns(
+        points, tiles, n, channels, machine.cores, fraction, 0.0, c.core_start, sms, 64, 32, False, c.conv_others
+    )
     item = w / np.maximum(n * channels * 9, 1)
     turned = (x + y + 2 * 36 * tiles * (channels + n) * item) * c.winograd_traffic
     return work + _traffic(turned + 9 * w, machine, memory) + 3 * machine.start_ns
@@ -332,7 +351,9 @@ def stream_ns(shapes: Sequence[StreamShape], machine: Machine, c: CostNumbers) -
         return np.empty(0)
     kernels, kinds, *rest = _columns(shapes)
     read, written, run, *_ = _floats(rest)
-    fraction = c.stream * np.array([_fraction(c, kind) for kind in kinds.tolist()])
+    fraction = np.full(len(shapes), c.stream)
+    for kind in sorted(set(kinds.tolist())):
+        fraction[kinds == kind] *= _fraction(c, kind)
     for kernel in {e.kernel for e in machine.hardware.efficiencies}:
         fraction = np.where(kernels == kernel, machine.measured(kernel, 1.0, 1.0)[1], fraction)
     # DRAM and L2 move 32 bytes at least; in pieces shorter than that most of what is moved is not used

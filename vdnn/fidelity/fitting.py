@@ -29,7 +29,7 @@ RANGES: dict[str, tuple[float, float, float]] = {
     "tensor_fraction": (0.9, 0.5, 1.25),
     "tensor_half": (5.0, 0.3, 60.0),
     "tensor_start": (30.0, 3.0, 600.0),
-    "unhidden": (0.25, 0.01, 0.6),
+    "unhidden": (0.25, 0.01, 1.0),
     "conv_tensor": (0.95, 0.2, 1.1),
     "winograd": (0.7, 0.2, 1.2),
     "core_traffic": (0.6, 0.2, 1.0),
@@ -64,7 +64,7 @@ START = CostNumbers(**{name: start for name, (start, _, _) in RANGES.items()})
 SCALE = 0.1  # errors beyond it count by their size, no more by their square
 PULL = 0.03  # of a number that is e times its start
 KERNELS_A_GROUP = 150  # rows of a kind on a GPU that are fitted; the others are judged
-TRAINING_WEIGHT = 2.0  # of a training step against a forward: there are fewer of them, and they have more kinds of ops
+TRAINING_WEIGHT = 6.0  # of a training step against a forward: they are fewer, have more kinds of ops, and matter most
 KERNELS_WEIGHT = 0.25  # of all kernels together, against all steps
 
 
@@ -90,10 +90,12 @@ class Measured:
                 steps.add(step)
         return found
 
-    def predicted_ns(self, numbers: CostNumbers, chosen: npt.NDArray[np.bool_] | None = None) -> F:
-        """The time of each row, or of those chosen."""
+    def predicted_ns(
+        self, numbers: CostNumbers, chosen: npt.NDArray[np.bool_] | None = None, same_path: bool = False
+    ) -> F:
+        """The time of each row, or of those chosen; `same_path`: see `StepSet.predicted_ns`."""
         places = [p for i, p in enumerate(self.places) if chosen is None or chosen[i]]
-        by_gpu = {gpu: self.sets[gpu].predicted_ns(numbers) for gpu in {gpu for gpu, _ in places}}
+        by_gpu = {gpu: self.sets[gpu].predicted_ns(numbers, same_path) for gpu in {gpu for gpu, _ in places}}
         return np.array([by_gpu[gpu][place] for gpu, place in places])
 
     @property
@@ -127,7 +129,7 @@ def fit_numbers(
     def numbers_of(x: F) -> CostNumbers:
         return replace(start, **dict(zip(names, map(float, np.exp(x)), strict=True)))
 
-    def residuals(x: F) -> F:
+    def residuals(x: F, near: bool = False) -> F:
         nonlocal calls
         calls += 1
         if calls % 10 == 0:
@@ -135,15 +137,24 @@ def fit_numbers(
         numbers = numbers_of(x)
         found = [PULL * (x - origin)]
         if len(steps):
-            found.append(_damped(np.log(measured.predicted_ns(numbers, chosen)) - steps) * weights)
+            found.append(_damped(np.log(measured.predicted_ns(numbers, chosen, near)) - steps) * weights)
         for k, floor in groups:
             error = np.log(k.predicted_ns(numbers, floor)) - np.log(k.measured_ns)
             weight = (KERNELS_WEIGHT * rows if len(steps) else 1000.0) / len(groups) / len(error)
             found.append(_damped(error) * np.sqrt(weight))
         return np.concatenate(found)
 
+    def slopes(x: F) -> F:
+        here = residuals(x)
+        columns = []
+        for i in range(len(x)):
+            moved = x.copy()
+            moved[i] += 2e-3 if x[i] + 2e-3 < high[i] else -2e-3
+            columns.append((residuals(moved, near=True) - here) / (moved[i] - x[i]))
+        return np.stack(columns, axis=1)
+
     first = np.clip(np.log([getattr(start, name) for name in names]), low + 1e-3, high - 1e-3)
-    done = least_squares(residuals, first, bounds=(low, high), diff_step=2e-3, max_nfev=rounds, xtol=1e-4, ftol=1e-4)
+    done = least_squares(residuals, first, jac=slopes, bounds=(low, high), max_nfev=rounds, xtol=1e-4, ftol=1e-4)
     return numbers_of(done.x)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vdnn.costs.kernel_times import FAMILIES, Machine
+from vdnn.costs.kernel_times import FAMILIES, Columns, Machine
 from vdnn.costs.numbers import CostNumbers
 from vdnn.costs.shapes import AttentionShape, ConvShape, ProductShape, Shapes, StreamShape, shapes_of
 from vdnn.fidelity.rows import KernelRow
@@ -68,9 +68,11 @@ class StepSet:
         self._ops: dict[tuple[tuple[int, int], ...], int] = {}  # what ops are made of → number
         self._of: list[I] = []  # by step: for each op its number
         self._host: list[I] = []  # by step: for each op how the host issues it
-        self._joined: tuple[I, I, I, I] | None = None
+        self._kernels: I | None = None
+        self._path: tuple[F, Any] | None = None
         self._uses: dict[int, tuple[str, ...]] = {}
         self._priced: dict[tuple[object, ...], F] = {}
+        self._columns: dict[int, Columns] = {}
 
     def add(self, step: Shaped) -> None:
         """One more step."""
@@ -82,32 +84,50 @@ class StepSet:
         self._of.append(np.array(numbers, dtype=np.int64)[np.array(step.of, dtype=np.int64)])
         self._host.append(np.array(step.host, dtype=np.int64))
         self.count += 1
-        self._joined = None
+        self._kernels = self._path = None
 
-    def predicted_ns(self, numbers: CostNumbers) -> F:
-        """Time of each step, in ns."""
+    def predicted_ns(self, numbers: CostNumbers, same_path: bool = False) -> F:
+        """Time of each step, in ns.
+
+        `same_path`: the host issues and the device computes the ops that they did on the last call's longest path. Near
+        its numbers that is exact to the first order, and much quicker.
+        """
         if not self.count:
             return np.empty(0)
-        if self._joined is None:
-            begins = np.cumsum([0, *(len(of) for of in self._of[:-1])])
+        if self._kernels is None:
             sizes = [len(getattr(self.shapes, name)) for _, name in FAMILIES]
             offsets = np.cumsum([1, *sizes])  # the first price is that of no kernel
             width = max(map(len, self._ops), default=0)
-            kernels = np.array(
+            self._kernels = np.array(
                 [[*(offsets[f] + n for f, n in op), *[0] * (width - len(op))] for op in self._ops], dtype=np.int64
             )
-            self._joined = np.concatenate(self._of), np.concatenate(self._host), begins, kernels
-        of, host, begins, kernels = self._joined
         prices = np.concatenate([[0.0], *(self._price(family, numbers) for family in range(len(FAMILIES)))])
-        each = prices[kernels].sum(axis=1)
-        done = np.concatenate(([0.0], np.cumsum(each[of])))  # the device's work before each op, over all steps
+        each = prices[self._kernels].sum(axis=1)
         issue = np.array([numbers.host_view, 1.0, numbers.host_backward]) * hardware(self.gpu).launch_ns
-        issued = np.cumsum(issue[host])
-        ends = np.append(begins[1:], len(of))
-        before = issued[begins] - issue[host[begins]]
-        latest = np.maximum.reduceat(issued - done[:-1], begins) - before + done[ends]
-        found: F = np.maximum(latest, issued[ends - 1] - before)
+        if not same_path or self._path is None:
+            self._path = self._longest(each, issue)
+        issued, computed = self._path
+        found: F = issued @ issue + computed @ each
         return found
+
+    def _longest(self, each: F, issue: F) -> tuple[F, Any]:
+        """By step: how many ops of a kind the host issues before the device never waits again, and what that computes."""
+        from scipy.sparse import csr_array
+
+        issued, columns, counts, ends = np.zeros((self.count, 3)), [], [], [0]
+        for step, (of, host) in enumerate(zip(self._of, self._host, strict=True)):
+            work = each[of]
+            at = np.cumsum(issue[host])
+            left = np.cumsum(work[::-1])[::-1]
+            last = int(np.argmax(at + left))
+            device = at[last] + left[last] > at[-1]  # else the device is done before the host
+            issued[step] = np.bincount(host[: last + 1] if device else host, minlength=3)
+            ops, number = np.unique(of[last:] if device else of[:0], return_counts=True)
+            columns.append(ops)
+            counts.append(number)
+            ends.append(ends[-1] + len(ops))
+        table = (np.concatenate(counts).astype(np.float64), np.concatenate(columns), np.array(ends))
+        return issued, csr_array(table, shape=(self.count, len(each)))
 
     def _price(self, family: int, numbers: CostNumbers) -> F:
         """Times of the shapes of a family; kept, since a fit changes one number at a time."""
@@ -118,7 +138,10 @@ class StepSet:
                 return self._priced[key]
         formula, name = FAMILIES[family]
         noted: Any = _Noted(numbers)
-        priced = formula(list(getattr(self.shapes, name)), Machine.of(hardware(self.gpu), noted), noted)
+        shapes = self._columns.get(family)
+        if shapes is None or len(shapes) != len(getattr(self.shapes, name)):
+            shapes = self._columns[family] = Columns(getattr(self.shapes, name))
+        priced = formula(shapes, Machine.of(hardware(self.gpu), noted), noted)
         used = self._uses[family] = tuple(sorted(noted.asked))
         if len(self._priced) > 200:
             self._priced.clear()
@@ -145,7 +168,7 @@ class Kernels:
     def __init__(self, rows: Sequence[KernelRow]) -> None:
         self.kind, self.gpu = rows[0].kind, rows[0].gpu
         self.measured_ns = np.array([row.measured_ns for row in rows], dtype=np.float64)
-        self._shapes = [row.shape for row in rows]
+        self._shapes = Columns(row.shape for row in rows)
         self._family = {"linear": 0, "bmm": 0, "conv": 1}.get(self.kind, 3)
         self._uses: tuple[str, ...] | None = None
         self._priced: dict[tuple[float, ...], F] = {}

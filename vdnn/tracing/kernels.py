@@ -6,6 +6,7 @@ from math import prod
 from typing import Any
 
 import torch
+from torch._prims_common import suggest_memory_format
 from torch.utils._pytree import tree_leaves
 
 from vdnn.values import Kernel
@@ -167,11 +168,8 @@ def _conv(name: str, args: Any, out: Any) -> tuple[Kernel, tuple[int, ...], int]
 
 
 def _channels_last(tensor: torch.Tensor) -> bool:
-    """Whether cuDNN takes it as NHWC: a permuted result of a linear layer is, though nobody asked for it."""
-    if tensor.dim() not in (4, 5) or tensor.is_contiguous():
-        return False
-    layout = torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d
-    return tensor.is_contiguous(memory_format=layout)
+    """Whether PyTorch gives it to cuDNN as NHWC: so it does with the permuted result of a linear layer."""
+    return tensor.dim() in (4, 5) and suggest_memory_format(tensor) is not torch.contiguous_format
 
 
 def _matmul(name: str, args: Any) -> tuple[Kernel, tuple[int, ...], int]:
