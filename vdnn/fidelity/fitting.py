@@ -29,7 +29,7 @@ RANGES: dict[str, tuple[float, float, float]] = {
     "tensor_fraction": (0.9, 0.5, 1.25),
     "tensor_half": (5.0, 0.3, 60.0),
     "tensor_start": (30.0, 3.0, 600.0),
-    "unhidden": (0.25, 0.01, 1.0),
+    "unhidden": (0.25, 0.01, 0.8),
     "conv_tensor": (0.95, 0.2, 1.1),
     "winograd": (0.7, 0.2, 1.2),
     "core_traffic": (0.6, 0.2, 1.0),
@@ -64,7 +64,7 @@ START = CostNumbers(**{name: start for name, (start, _, _) in RANGES.items()})
 SCALE = 0.1  # errors beyond it count by their size, no more by their square
 PULL = 0.03  # of a number that is e times its start
 KERNELS_A_GROUP = 150  # rows of a kind on a GPU that are fitted; the others are judged
-TRAINING_WEIGHT = 6.0  # of a training step against a forward: they are fewer, have more kinds of ops, and matter most
+TRAINING_WEIGHT = 3.0  # of a training step against a forward: they are fewer, have more kinds of ops, and matter most
 KERNELS_WEIGHT = 0.25  # of all kernels together, against all steps
 
 
@@ -110,7 +110,7 @@ def fit_numbers(
     kernels: Sequence[Kernels],
     *,
     start: CostNumbers = START,
-    rounds: int = 9,
+    rounds: int = 7,
     progress: Callable[[str], None] = lambda what: None,
 ) -> CostNumbers:
     """The numbers that fit the chosen steps and the kernels; a number that nothing depends on stays at its start."""

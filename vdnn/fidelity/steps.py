@@ -111,7 +111,7 @@ class StepSet:
         return found
 
     def _longest(self, each: F, issue: F) -> tuple[F, Any]:
-        """By step: how many ops of a kind the host issues before the device never waits again, and what that computes."""
+        """By step: the ops of each kind that the host issues until the device waits no more, and what that computes."""
         from scipy.sparse import csr_array
 
         issued, columns, counts, ends = np.zeros((self.count, 3)), [], [], [0]
