@@ -17,7 +17,7 @@ from tests.strategies import traces
 from vdnn.analysis.synthetic import conv_chain, transformer_chain
 from vdnn.costs import fitted
 from vdnn.costs.numbers import Spread, read_fitted
-from vdnn.costs.shapes import StreamShape
+from vdnn.costs.shapes import ProductShape, StreamShape
 from vdnn.errors import FormatError, UsageError
 from vdnn.fidelity.accuracy import Prediction, covered, score_of, spread_of, worst
 from vdnn.fidelity.captures import Captures, _resized_as_given
@@ -113,6 +113,27 @@ def test_a_number_changed_changes_what_was_priced_before() -> None:
     first, second = steps.predicted_ns(numbers)[0], steps.predicted_ns(slower)[0]
     assert second > 1.05 * first
     assert steps.predicted_ns(numbers)[0] == first
+
+
+def test_on_the_same_path_a_changed_number_changes_a_step_by_its_ops() -> None:
+    """Far from a host that waits, the path stays what it was: the quick way and the whole one agree."""
+    steps = StepSet("rtx3090")
+    for batch in (1, 64):
+        steps.add(Shaped.of_trace(conv_chain(batch=batch)))
+    numbers = fitted().numbers
+    first = steps.predicted_ns(numbers)
+    moved = replace(numbers, stream=numbers.stream * 0.999, host_backward=numbers.host_backward * 1.001)
+    near = steps.predicted_ns(moved, same_path=True)
+    assert near == pytest.approx(steps.predicted_ns(moved), rel=1e-6)
+    assert (near > first).all()
+
+
+def test_a_short_kernel_is_free_of_the_power_limit_and_a_long_one_is_not() -> None:
+    """A T4's board gives its cores less than half of their rate, but not before it has warmed to it."""
+    shapes = [ProductShape("matmul", "float32", 1, side, side, side, 12 * side**2) for side in (1024, 16384)]
+    short, long = Kernels([KernelRow("linear", "t4", shape, 1) for shape in shapes]).predicted_ns(fitted().numbers, 0)
+    peak = hardware("t4").peak("float32") / 1e9
+    assert 2 * 1024**3 / short / peak > 1.3 * (2 * 16384**3 / long / peak)
 
 
 # -- captures ------------------------------------------------------------------------------------

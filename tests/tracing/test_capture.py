@@ -54,6 +54,24 @@ def test_flops_of_convolutions_are_those_of_the_formula() -> None:
         assert found == {"forward": forward, "backward": 2 * forward}
 
 
+def test_a_convolution_says_that_its_input_was_left_channels_last() -> None:
+    """As in ConvNeXt: a linear layer over the last dimension, permuted back."""
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 3, groups=8)
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.linear(self.first(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            return torch.as_tensor(self.last(y))
+
+    trace = capture_model(Mixed(), (torch.randn(2, 8, 9, 9),), device="cpu")
+    found = [(op.phase, op.dims[6:]) for op in trace.ops if op.kernel == "conv"]
+    assert found == [("forward", (81,)), ("forward", (49, 1)), ("backward", (49, 1)), ("backward", (81,))]
+
+
 def test_a_transposed_convolution_counts_its_inputs() -> None:
     conv = nn.ConvTranspose2d(8, 4, 4, stride=2)
     trace = capture_model(conv, (torch.randn(2, 8, 5, 5),), device="cpu")

@@ -362,7 +362,7 @@ def stream_ns(shapes: Sequence[StreamShape], machine: Machine, c: CostNumbers) -
 
 
 def _fraction(c: CostNumbers, kind: str) -> float:
-    """A forward alone in low precision runs its norms in it (timm's fast norm); captured are fp32's, twice the bytes."""
+    """Norms of a forward alone in low precision are captured in fp32, with twice the bytes of timm's fast norm."""
     return 2 * c.layer_norm if kind == "layer_norm_low" else float(getattr(c, kind, 1.0))
 
 

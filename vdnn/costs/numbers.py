@@ -18,8 +18,8 @@ class CostNumbers:
     """Every number of the model, for one family of GPUs. Fractions are of a rate of the machine's datasheet.
 
     Products of matrices (`core`: on the cores for fp32, `tensor`: on tensor cores)
-        core_fraction, tensor_fraction   of the peak, in the main loop of a large product; a card whose clock is above its
-                                         datasheet's boost clock, as gaming cards' are, reaches more than 1
+        core_fraction, tensor_fraction   of the peak, in the main loop of a large product; gaming cards, whose clock is
+                                         above their datasheet's, reach more than 1
         core_start, tensor_start         steps of the sum that the beginning and the end of a tile take
         core_traffic                     of `stream`, that products on the cores reach where memory bounds them
         read_again                       of the bandwidth, at which chips before Volta read columns a second time

@@ -109,8 +109,9 @@ class Op:
 
     `kernel` is its class and `dims` its sizes: conv (batch, in channels, out channels, groups, out pixels,
     kernel pixels, in pixels, and 1 where its tensors have channels last); matmul (batch, m, n, k); attention (batch,
-    heads, queries, keys, head size); norm (elements, row length or, of a batch norm, channels); pool (elements, pixels of the window, 0: adaptive; of
-    max_pool2d_with_indices then how far a window's last pixel is from its first, and the last window from the first);
+    heads, queries, keys, head size); norm (elements, row length or, of a batch norm, channels); pool (elements,
+    pixels of the window, 0: adaptive; of max_pool2d_with_indices then how far a window's last pixel is from its
+    first, and the last window from the first);
     reduce (elements, results, stride of the dimension that is reduced), a softmax (elements, row length, stride);
     elementwise, copy and the rest (elements, how many of them lie side by side in all tensors, how many tensors
     are broadcast). A `view` runs no kernel. `flops` counts a multiply-add as two. `module` indexes
