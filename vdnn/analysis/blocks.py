@@ -41,10 +41,16 @@ def blocks(trace: Trace) -> dict[int, Block]:
     saved: dict[int, list[int]] = {}
     for i, t in enumerate(trace.saved):
         saved.setdefault(t.storage, []).append(i)
+    forward_end = trace.forward_end
+    able = {}  # saved storages that a block could let go of
+    for i, tensors in saved.items():
+        s = trace.storages[i]
+        if s.category == "activation" and s.nbytes and not s.held and s.release < s.need and s.need >= forward_end:
+            able[i] = tensors
     found = {}
     for c, call in enumerate(trace.modules):
-        if c in parents and call.parent >= 0:
-            block = _block(trace, c, inside[c], saved)
+        if c in parents and call.parent >= 0 and call.forward_end <= forward_end:
+            block = _block(trace, c, inside[c], saved, able)
             if block is not None:
                 found[c] = block
     return found
@@ -86,11 +92,13 @@ def _inside(trace: Trace) -> list[set[int]]:
     return found
 
 
-def _block(trace: Trace, c: int, inside: set[int], saved: dict[int, list[int]]) -> Block | None:
+def _block(
+    trace: Trace, c: int, inside: set[int], saved: dict[int, list[int]], able: dict[int, list[int]]
+) -> Block | None:
     call = trace.modules[c]
     begin, end = call.forward_begin, call.forward_end
     ops = trace.ops[begin:end]
-    if not ops or end > trace.forward_end or any(op.module not in inside for op in ops):
+    if not ops or any(op.module not in inside for op in ops):
         return None
     outer: set[int] = set()
     for op in ops:
@@ -101,14 +109,8 @@ def _block(trace: Trace, c: int, inside: set[int], saved: dict[int, list[int]]) 
             return None  # it changes its input
     dropped = tuple(
         s
-        for s, tensors in saved.items()
-        if begin <= trace.storages[s].alloc < end
-        and trace.storages[s].category == "activation"
-        and trace.storages[s].nbytes
-        and not trace.storages[s].held
-        and trace.storages[s].release < trace.storages[s].need
-        and trace.storages[s].need >= trace.forward_end
-        and all(trace.saved[i].module in inside for i in tensors)
+        for s, tensors in able.items()
+        if begin <= trace.storages[s].alloc < end and all(trace.saved[i].module in inside for i in tensors)
     )
     if not dropped:
         return None
