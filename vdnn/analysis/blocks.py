@@ -8,6 +8,9 @@
 What a block saves stays until the block returns, and goes. Where backward first asks for something of it, the block
 runs again up to the last pack that the plan needs, on copies of its buffers; what it makes on the way and nobody saves
 goes as it did in forward. Names of saved tensors stay as they were, so plans hold for both steps.
+
+A block starts from a saved tensor, which may be offloaded until then; or, where forward lets go of its input (a layer
+under autocast saves a low-precision copy of it instead), the input stays on the device until the block has run again.
 """
 
 from __future__ import annotations
@@ -27,11 +30,15 @@ __all__ = ["Block", "block_actions", "blocked", "blocks", "repeated", "run_again
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A module call, the saved tensor that is its input, and the storages that go; all as indexes in the trace."""
+    """A module call, the saved tensor that is its input, and the storages that go; all as indexes in the trace.
+
+    `source` is -1 where no saved tensor is its input; `held` are the storages that it takes and that stay for it.
+    """
 
     call: int
     source: int
     dropped: tuple[int, ...]
+    held: tuple[int, ...] = ()
 
 
 def blocks(trace: Trace) -> dict[int, Block]:
@@ -78,7 +85,8 @@ def repeated(trace: Trace) -> list[Block]:
 def block_actions(points: Points, block: Block, why: str = "") -> dict[int, Recompute]:
     """The plan's actions for what this block lets go of, by storage."""
     call = points.trace.modules[block.call]
-    action = Recompute(why, (), str(points.names[block.source]), f"{call.fqn}#{call.call}")
+    source = str(points.names[block.source]) if block.source >= 0 else ""
+    action = Recompute(why, (), source, f"{call.fqn}#{call.call}")
     return dict.fromkeys(block.dropped, action)
 
 
@@ -119,10 +127,14 @@ def _block(
     for i, op in enumerate(trace.ops[end:need], end):
         for s in op.writes:
             last_write[s] = i
-    sources = [i for s in outer for i in saved.get(s, ()) if trace.saved[i].module in inside]
-    if not sources or any(s in last_write or not trace.storages[s].free > need for s in outer):
+    if not outer or any(s in last_write for s in outer):
         return None
-    return Block(c, min(sources), dropped)
+    if all(trace.storages[s].free > need for s in outer):
+        sources = [i for s in outer for i in saved.get(s, ()) if trace.saved[i].module in inside]
+        if sources:
+            start = trace.saved[min(sources)].storage
+            return Block(c, min(sources), dropped, tuple(sorted(outer - {start})))
+    return Block(c, -1, dropped, tuple(sorted(outer)))
 
 
 def blocked(trace: Trace, plan: Plan | None) -> Trace:
@@ -152,12 +164,24 @@ def blocked(trace: Trace, plan: Plan | None) -> Trace:
         strange = sorted(set(dropped) - set(block.dropped))
         if strange:
             raise PlanMismatchError(f"storage {strange[0]} of {trace.model} is not made and saved in {text} alone")
-        place = Point.parse(f"pack {sources[text]}")
-        source = points.saved_at(place.module, place.call, place.index)
-        if source is None or trace.saved[source].storage != trace.saved[block.source].storage:
-            raise PlanMismatchError(f"{text} of {trace.model} does not start from {sources[text]}")
-        found.append(Block(block.call, source, tuple(dropped)))
+        source = _named(points, sources[text])
+        if source != block.source and (
+            source is None
+            or min(source, block.source) < 0
+            or trace.saved[source].storage != trace.saved[block.source].storage
+        ):
+            start = sources[text] or "its input alone"
+            raise PlanMismatchError(f"{text} of {trace.model} does not start from {start}")
+        found.append(replace(block, source=source, dropped=tuple(dropped)))
     return run_again(trace, found)
+
+
+def _named(points: Points, text: str) -> int | None:
+    """The saved tensor that a plan names as a source; -1 where it names none, None where there is none of the name."""
+    if not text:
+        return -1
+    place = Point.parse(f"pack {text}")
+    return points.saved_at(place.module, place.call, place.index)
 
 
 def run_again(trace: Trace, found: Sequence[Block], *, checked: bool = True) -> Trace:
@@ -243,7 +267,8 @@ class _Rewriting:
         asked: dict[int, list[int]] = {}
         gone: dict[int, int] = {}
         for block, position in zip(self.found, self.at, strict=True):
-            asked.setdefault(block.source, []).append(position)
+            if block.source >= 0:
+                asked.setdefault(block.source, []).append(position)
             gone.update(dict.fromkeys(block.dropped, points.end(block.call)[0]))
         saved = tuple(
             replace(
@@ -253,6 +278,11 @@ class _Rewriting:
             )
             for i, t in enumerate(trace.saved)
         )
+        stays_until: dict[int, int] = {}  # what blocks take, by storage: until they have run again
+        for number, block in enumerate(self.found):
+            end = self.at[number] + before[number] + len(self.batches[number])
+            for taken in block.held:
+                stays_until[taken] = max(stays_until.get(taken, 0), end)
         first = {trace.saved[i].storage: min(positions) for i, positions in asked.items()}
         storages = []
         for i, s in enumerate(trace.storages):
@@ -261,6 +291,8 @@ class _Rewriting:
             if i in self.stays:
                 release = free = moment(max(s.release, gone[i]))
                 need = -1
+            if i in stays_until:
+                release, free = max(release, stays_until[i]), max(free, stays_until[i])
             storages.append(replace(s, alloc=alloc, release=release, need=need, free=free))
         source = {new: old for old, new in self.stays.items()}
         for i, ((number, begin, end), s) in enumerate(zip(self.life, self.new, strict=True), len(trace.storages)):
