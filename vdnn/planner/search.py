@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from vdnn.analysis.blocks import repeated
 from vdnn.planner.bound import Group, Piece, pieces, time_bound
 from vdnn.planner.choices import Choice, Choices
 from vdnn.planner.schedule import Schedule
@@ -129,11 +130,14 @@ class Search:
     def seeds(self, target: int, most: int, seconds: float, work: int) -> Iterator[Seed]:
         """Starts that were made for the target and need no more than `most`.
 
-        First those of programs that know different links: one that is not solved in time says nothing, and `gave_up`
-        counts it. Then, as long as `work` lasts, blocks, codes and runs alone.
+        First as few of a model's repeated blocks as it takes. Then those of programs that know different links: one
+        that is not solved in time says nothing, and `gave_up` counts it. Then, as long as `work` lasts, blocks beside
+        each other, codes and runs alone.
         """
         choices, tried, limit = self.choices, set[Choice](), self.work + work
         worth = frozenset(s for s in choices.codes if self._worth(s))
+        for chosen in self._few([block.call for block in repeated(self.trace)], worth, target):
+            yield from self._starts(Choice(chosen, worth), {}, target, most, tried)
         items, ways = self._pieces()
         groups = self._groups()
         for link, memory in _TOLD:
@@ -161,11 +165,12 @@ class Search:
                     wanted = {s for s in again if ways.get(s) == "chain"}
                     yield from self._starts(Choice(chosen, coded, frozenset(wanted)), shares.out, target, most, tried)
         cheap = frozenset(s for s in choices.chains if self._cheap(s))
-        for chosen in (frozenset[int](), *self._few(worth, target)):
-            for coded in (worth, frozenset[int]()):
-                for dropped in (frozenset(choices.chains), cheap, frozenset[int]()):
-                    if self.work < limit:
-                        yield from self._starts(Choice(chosen, coded, dropped), {}, target, most, tried)
+        for level in ([], *choices.levels()):
+            for chosen in self._few(level, worth, target) if self.work < limit else ():
+                for coded in (worth, frozenset[int]()):
+                    for dropped in (frozenset(choices.chains), cheap, frozenset[int]()):
+                        if self.work < limit:
+                            yield from self._starts(Choice(chosen, coded, dropped), {}, target, most, tried)
 
     def _pieces(self) -> tuple[list[Piece], dict[int, str]]:
         """What a program may take away, each with the cheaper of the ways that make it again; and which that is."""
@@ -201,19 +206,19 @@ class Search:
             chosen = self.choices.beside(chosen, c)
         return [chosen]
 
-    def _few(self, coded: frozenset[int], target: int) -> Iterator[frozenset[int]]:
+    def _few(self, level: Sequence[int], coded: frozenset[int], target: int) -> Iterator[frozenset[int]]:
         """Of blocks beside each other as few as it takes, alone and with half of the work left to other actions."""
-        for level in self.choices.levels():
-            low, high = 0, len(level)
-            while high - low > 1:
-                middle = (low + high) // 2
-                choice = self.choices.settled(Choice(frozenset(level[:middle]), coded))
-                if choice is not None and self.judge(choice, (), target).requested_bytes <= target:
-                    high = middle
-                else:
-                    low = middle
-            for count in dict.fromkeys((high, (high + 1) // 2)):
-                yield frozenset(level[:count])
+        level = [c for c in level if c in self.choices.blocks]
+        low, high = 0, len(level)
+        while high - low > 1:
+            middle = (low + high) // 2
+            choice = self.choices.settled(Choice(frozenset(level[:middle]), coded))
+            if choice is not None and self._scheduled(choice, (), target, 1)[2] <= target:
+                high = middle
+            else:
+                low = middle
+        for count in dict.fromkeys((high, (high + 1) // 2)):
+            yield frozenset(level[:count])
 
     def _starts(
         self, wanted: Choice, shares: dict[int, float], target: int, most: int, tried: set[Choice]
