@@ -23,9 +23,6 @@ from vdnn.planner.bound import Group, Piece, pieces, time_bound
 from vdnn.planner.choices import Choice, Choices
 from vdnn.planner.schedule import Schedule
 from vdnn.policies import Options
-from vdnn.sim.allocator_step import step_memory
-from vdnn.sim.run import run
-from vdnn.sim.workspaces import with_libraries
 from vdnn.values.hardware import Hardware
 from vdnn.values.trace import Trace
 
@@ -89,8 +86,7 @@ class Search:
         there, schedule, most = self._scheduled(choice, away, target, ahead, prefetch)
         step = self.choices.made(choice).step
         self._work += len(step.trace.ops)
-        time = run(step.trace, schedule.moves, step.op_ns, self.hardware).total_ns
-        return Found(choice, there, schedule, time, most, target, ahead)
+        return Found(choice, there, schedule, step.time_ns(schedule.moves), most, target, ahead)
 
     def _scheduled(
         self, choice: Choice, away: Sequence[int], target: int, ahead: int, prefetch: bool = True
@@ -108,9 +104,9 @@ class Search:
             return False
         if self.trace.device == "cpu":
             return True
-        trace = self.choices.made(found.choice).step.trace
-        self._work += 4 * len(trace.ops)
-        return step_memory(with_libraries(trace, self.hardware), found.schedule.moves, budget).fits
+        step = self.choices.made(found.choice).step
+        self._work += 4 * len(step.trace.ops)
+        return step.fits(found.schedule.moves, budget)
 
     def fewest(self, choice: Choice, ordered: Sequence[int], target: int, ahead: int) -> Found:
         """The shortest head of the list with which the step meets the target, if that were monotone; else all."""
