@@ -49,7 +49,7 @@ _CANDIDATES = (
     "checkpoint-offload",
 )
 # Ops that may be rewritten and simulated for seeds, to make them fit, and in local search; and how many starts it has.
-_SEEDING, _FITTING, _IMPROVING = 200_000, 500_000, 600_000
+_SEEDING, _FITTING, _IMPROVING = 300_000, 600_000, 1_200_000
 _STARTS = 2
 # The least storage that moves, if nothing else fits: below that a copy's latency is all that it takes.
 _SMALL = 1 << 16
@@ -193,10 +193,10 @@ def _searched(search: Search, budget: int, seconds: float) -> Iterator[Plan]:
     """Plans of the search, the best first; the last needs the least memory."""
     room = max(budget - held_bytes(search.trace, search.hardware), 1)
     target = room if search.trace.device == "cpu" else room * 15 // 16
-    fitting = search.starts(list(search.seeds(target, room, seconds, _SEEDING)), budget, _FITTING)
+    fitting = search.starts(list(search.seeds(target, room, seconds, _SEEDING)), budget, _STARTS, _FITTING)
     if not fitting:
         fitting = [found for found in search.least() if search.fits(found, budget)][:1]
-    better = [search.improve(found, budget, _IMPROVING // _STARTS) for found in fitting[:_STARTS]]
+    better = [search.improve(found, budget, _IMPROVING // _STARTS) for found in fitting]
     for found in sorted([*better, *fitting], key=lambda found: found.rank):
         yield _plan(search, found)
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from heapq import heapify, heappop, heappush
 
 from vdnn.analysis.blocks import repeated
 from vdnn.planner.bound import Group, Piece, pieces, time_bound
@@ -33,6 +34,7 @@ __all__ = ["Found", "Search", "Seed"]
 _TOLD = ((100, 100), (60, 100), (100, 90), (30, 95), (2, 100), (2, 90))
 # Bytes that may come to life at once when a run of feature maps is computed again, in 2^-n-ths of all that is movable.
 _RUNS = (40, 5, 3, 0)
+_LEAST_TOLD = 3  # programs that are solved in any case
 _BREAKPOINTS = 450  # of a seed's program: coarser than the bound's
 _AHEAD = (0, 1, 3)
 _REFITS = 4
@@ -136,7 +138,9 @@ class Search:
             yield from self._starts(Choice(chosen, worth), {}, target, most, tried)
         items, ways = self._pieces()
         groups = self._groups()
-        for link, memory in _TOLD:
+        for number, (link, memory) in enumerate(_TOLD):
+            if number >= _LEAST_TOLD and self.work >= limit:
+                break
             machine = replace(
                 self.hardware,
                 d2h_bytes_per_s=max(1, self.hardware.d2h_bytes_per_s * link // 100),
@@ -245,45 +249,42 @@ class Search:
         choices = self.choices
         return choices.code_ns[storage] * self.hardware.h2d_bytes_per_s < choices.saving[storage] * 10**9
 
-    def refit(self, seed: Seed, budget: int, rival: Found | None) -> Found | None:
-        """The seed at the largest target, of those tried, at which the allocator's model says that it fits.
+    def starts(self, seeds: Sequence[Seed], budget: int, count: int, work: int) -> list[Found]:
+        """The fastest ways to run the seeds that fit, as the allocator's model has it, so many of them.
 
-        None where that takes no less time than the rival, at whose target it is tried first.
+        What the allocator takes beside what is requested differs from seed to seed. The fastest that was not tried is
+        tried first; where it does not fit, it comes back for a lower target, at which it takes longer. After `work`
+        one that fits is enough, found by bisection.
         """
-        low, high = budget * 10 // 16, budget
-        below = rival.time_ns if rival is not None else 1 << 62
-        target, best = rival.target_bytes if rival is not None else budget * 27 // 32, None
-        for _ in range(_REFITS):
-            found = (
-                seed.found if target == seed.found.target_bytes else self.fill(seed.found.choice, seed.shares, target)
-            )
-            missed = found.requested_bytes > target
-            if not missed and found.time_ns >= below:
-                break  # with less memory it takes no less
-            fits = self.fits(found, budget)
-            if fits and (best is None or found.rank < best.rank):
-                best = found
-            low, high = (target, high) if fits or missed else (low, target)
-            target = (low + high) // 2
-        return best if best is None or best.time_ns < below else None
-
-    def starts(self, seeds: Sequence[Seed], budget: int, work: int) -> list[Found]:
-        """The seeds that fit, the best first: as many as may be better than the best so far, or as `work` allows."""
-        fitting: list[Found] = []
         limit = self.work + work
-        waiting: list[Seed] = []
-        for seed in sorted(seeds, key=lambda seed: seed.found.rank):
-            if self.fits(seed.found, budget):
-                fitting.append(seed.found)
-                break  # the others take longer
-            waiting.append(seed)
-        for seed in waiting:
-            if fitting and self.work >= limit:
-                break
-            found = self.refit(seed, budget, min(fitting, key=lambda found: found.rank, default=None))
-            if found is not None:
+        queue = [(*seed.found.rank, number, seed.found) for number, seed in enumerate(seeds)]
+        heapify(queue)
+        fitting: list[Found] = []
+        while queue and len(fitting) < count and self.work < limit:
+            *_, number, found = heappop(queue)
+            if self.fits(found, budget):
                 fitting.append(found)
-        return sorted(fitting, key=lambda found: found.rank)
+                continue
+            lower = self.fill(found.choice, seeds[number].shares, found.target_bytes - (budget >> 5))
+            if lower.requested_bytes <= lower.target_bytes:
+                heappush(queue, (*lower.rank, number, lower))
+        while queue and not fitting:
+            *_, number, found = heappop(queue)
+            fitting = [low for low in [self._lowered(found, seeds[number].shares, budget)] if low is not None]
+        return fitting
+
+    def _lowered(self, found: Found, shares: dict[int, float], budget: int) -> Found | None:
+        """The same for the largest target, of those tried, at which it fits."""
+        low, high, best = budget * 10 // 16, found.target_bytes, None
+        for _ in range(_REFITS):
+            target = (low + high) // 2
+            tried = self.fill(found.choice, shares, target)
+            missed = tried.requested_bytes > target
+            if not missed and self.fits(tried, budget):
+                low, best = target, tried
+            else:
+                low, high = (target, high) if missed else (low, target)
+        return best
 
     def least(self) -> list[Found]:
         """Ways to run with the least memory, the least first: all that can goes at once, and comes back on demand."""
