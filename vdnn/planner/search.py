@@ -292,13 +292,15 @@ class Search:
         total = sum(item.nbytes for item in choices.movable.values())
         cheap = frozenset(s for s in choices.chains if self._cheap(s))
         wanted = []
-        for level in ([], *choices.levels()):
-            chosen = frozenset(level)
+        again = frozenset(block.call for block in repeated(self.trace) if block.call in choices.blocks)
+        levels = [frozenset(level) for level in choices.levels()[-2:]]
+        for chosen in dict.fromkeys([frozenset[int](), again, *levels]):
             if choices.base(chosen) is None:
                 continue
+            runs = [(frozenset(choices.chains), cap) for cap in (_RUNS if not chosen else _RUNS[1:2])]
             for coded in (frozenset[int](), frozenset(choices.codes)):
                 wanted.append(Choice(chosen, coded))
-                for dropped, cap in [(frozenset(choices.chains), cap) for cap in _RUNS] + [(cheap, 5)]:
+                for dropped, cap in [*runs, (cheap, 5)]:
                     wanted.append(Choice(chosen, coded, self.cut(dropped, total >> cap, chosen)))
         found = []
         for choice in dict.fromkeys(settled for one in wanted if (settled := choices.settled(one)) is not None):
