@@ -21,6 +21,7 @@ from vdnn.costs import times_with
 from vdnn.errors import InfeasibleError, UsageError
 from vdnn.planner.bound import Bound, time_bound
 from vdnn.planner.collecting import without_collecting
+from vdnn.planner.improving import Improving
 from vdnn.planner.search import Found, Search
 from vdnn.policies import Options, decide, recomputed_blocks
 from vdnn.sim import simulate_step
@@ -194,9 +195,14 @@ def _searched(search: Search, budget: int, seconds: float) -> Iterator[Plan]:
     room = max(budget - held_bytes(search.trace, search.hardware), 1)
     target = room if search.trace.device == "cpu" else room * 15 // 16
     fitting = search.starts(list(search.seeds(target, room, seconds, _SEEDING)), budget, _STARTS, _FITTING)
-    if not fitting:
-        fitting = [found for found in search.least() if search.fits(found, budget)][:1]
-    better = [search.improve(found, budget, _IMPROVING // _STARTS) for found in fitting]
+    if len(fitting) < _STARTS:  # what needs little memory has room for changes
+        low = sorted(search.least(), key=lambda found: found.rank)
+        fitting += [found for found in low if search.fits(found, budget)][:1]
+    better, left = [], _IMPROVING
+    for found in sorted(fitting, key=lambda found: found.rank):
+        before = search.work
+        better.append(Improving(search).improve(found, budget, left * 3 // 4))
+        left -= search.work - before
     for found in sorted([*better, *fitting], key=lambda found: found.rank):
         yield _plan(search, found)
 

@@ -5,8 +5,7 @@
                longer than a cap; offload what it offloads. And without a program: all blocks beside each other, and
                as few as it takes
     fewest     of a list of storages the shortest head that makes the step fit, by bisection
-    improve    where compute waits for a copy: keep that storage, compute it again, or move another in its place; run
-               one block more or less again, one code more or less
+    starts     of the seeds the fastest that the allocator's model lets in
 
 A judgement is a schedule, its requested bytes and its simulated time, some milliseconds; before anything is accepted
 the allocator's model must say that it fits. How much is tried depends on the sizes of the step alone, never on the
@@ -20,8 +19,9 @@ from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
 
 from vdnn.analysis.blocks import repeated
-from vdnn.planner.bound import Group, Piece, pieces, time_bound
+from vdnn.planner.bound import time_bound
 from vdnn.planner.choices import Choice, Choices
+from vdnn.planner.pieces import Group, Piece, pieces
 from vdnn.planner.schedule import Schedule
 from vdnn.policies import Options
 from vdnn.values.hardware import Hardware
@@ -29,14 +29,17 @@ from vdnn.values.trace import Trace
 
 __all__ = ["Found", "Search", "Seed"]
 
-# Links and memory that the seeds' programs are told, in hundredths of the real ones: whole copies and program order
-# waste some of the link, runs and blocks come back at once; and almost no link finds what to compute again instead.
-_TOLD = ((100, 100), (60, 100), (100, 90), (30, 95), (2, 100), (2, 90))
+# Links and memory that the seeds' programs are told, in hundredths of the real ones, and whether of blocks: whole
+# copies and program order waste some of the link; runs and blocks come back at once, which takes memory that no
+# program knows; and almost no link finds what to compute again instead.
+_TOLD = (
+    (100, 100, True), (100, 100, False), (2, 95, True), (60, 100, False), (60, 95, True), (100, 90, False),
+    (2, 90, False), (100, 90, True),
+)  # fmt: skip
 # Bytes that may come to life at once when a run of feature maps is computed again, in 2^-n-ths of all that is movable.
 _RUNS = (40, 5, 3, 0)
-_LEAST_TOLD = 3  # programs that are solved in any case
+_LEAST_TOLD = 4  # programs that are solved in any case
 _BREAKPOINTS = 450  # of a seed's program: coarser than the bound's
-_AHEAD = (0, 1, 3)
 _REFITS = 4
 
 
@@ -138,7 +141,7 @@ class Search:
             yield from self._starts(Choice(chosen, worth), {}, target, most, tried)
         items, ways = self._pieces()
         groups = self._groups()
-        for number, (link, memory) in enumerate(_TOLD):
+        for number, (link, memory, blocks) in enumerate(_TOLD if groups else [told for told in _TOLD if not told[2]]):
             if number >= _LEAST_TOLD and self.work >= limit:
                 break
             machine = replace(
@@ -155,7 +158,7 @@ class Search:
                 items=items,
                 seconds=seconds,
                 breakpoints=_BREAKPOINTS,
-                groups=groups,
+                groups=groups if blocks else (),
             )
             self.gave_up += not shares.solved
             again = {s for s, share in shares.again.items() if share > 0.5}
@@ -165,6 +168,7 @@ class Search:
                     wanted = {s for s in again if ways.get(s) == "chain"}
                     yield from self._starts(Choice(chosen, coded, frozenset(wanted)), shares.out, target, most, tried)
         cheap = frozenset(s for s in choices.chains if self._cheap(s))
+        limit = max(limit, self.work + work // 2)
         for level in ([], *choices.levels()):
             for chosen in self._few(level, worth, target) if self.work < limit else ():
                 for coded in (worth, frozenset[int]()):
@@ -266,7 +270,7 @@ class Search:
                 fitting.append(found)
                 continue
             lower = self.fill(found.choice, seeds[number].shares, found.target_bytes - (budget >> 5))
-            if lower.requested_bytes <= lower.target_bytes:
+            if found.requested_bytes <= found.target_bytes:  # it may need less yet
                 heappush(queue, (*lower.rank, number, lower))
         while queue and not fitting:
             *_, number, found = heappop(queue)
@@ -330,110 +334,3 @@ class Search:
         parcels = self.choices.made(choice).parcels
         ordered = sorted(parcels, key=lambda s: (shares.get(s, 0.0) < 0.5, parcels[s].out))
         return self.fewest(choice, ordered, target, 1)
-
-    # -- local search ------------------------------------------------------------------------------
-
-    def improve(self, start: Found, budget: int, work: int) -> Found:
-        """Changes of one decision at a time that make a fitting step faster, until none does or enough was tried."""
-        best = start
-        limit = self.work + work
-        for ahead in _AHEAD:
-            best = self._better(best, self.judge(best.choice, best.away, best.target_bytes, ahead), budget)
-        failed: set[tuple[str, int, int]] = set()
-        going = True
-        while going:
-            going = False
-            for change in self._changes(best):
-                if self.work >= limit:
-                    return best
-                if change in failed:
-                    continue
-                tried = self._changed(best, change)
-                if tried is not None and self._better(best, tried, budget) is tried:
-                    best, going = tried, True
-                    break
-                failed.add(change)
-        return best
-
-    def _better(self, best: Found, tried: Found, budget: int) -> Found:
-        return tried if tried.rank < best.rank and self.fits(tried, budget) else best
-
-    def _changes(self, best: Found) -> list[tuple[str, int, int]]:
-        """What might help, the most promising first: (kind, storage or block, other)."""
-        choices, choice = self.choices, best.choice
-        made = choices.made(choice)
-        out, parcels, size_of = set(best.away), made.parcels, self.trace.storages
-        base = choices.base(choice.blocks)
-        assert base is not None
-        stalls = {made.origin[s]: ns for s, ns in best.schedule.stalls.items()}
-        waited = sorted((s for s in stalls if stalls[s] > 0), key=lambda s: -stalls[s])
-        others = sorted((s for s in parcels if s not in out), key=lambda s: parcels[s].out)
-        again_ns = {s: choices.again_ns.get(s, 0) for s in base.chains}
-        found: list[tuple[str, int, int]] = [("target", 0, up) for up in (64, 16)]
-        for s in waited[:12]:
-            found.append(("keep", s, -1))
-            if s in base.chains:
-                found.append(("drop", s, -1))
-            if s in choices.codes and s not in choice.coded:
-                found.append(("code", s, -1))
-        found += [("unblock", c, -1) for c in sorted(choice.blocks, key=lambda c: -choices.block_ns[c])[:12]]
-        found += [("uncode", s, -1) for s in sorted(choice.coded, key=lambda s: -choices.code_ns[s])[:12]]
-        free = [c for c in choices.blocks if c not in choice.blocks]
-        size = {c: sum(size_of[s].nbytes for s in choices.blocks[c].dropped) for c in free}
-        found += [("block", c, -1) for c in sorted(free, key=lambda c: (choices.block_ns[c] / size[c], c))[:8]]
-        codes = [s for s in choices.codes if s not in choice.coded and choices.saving[s]]
-        found += [("code", s, -1) for s in sorted(codes, key=lambda s: choices.code_ns[s] / choices.saving[s])[:12]]
-        cheap = sorted((s for s in base.chains if s in out), key=lambda s: again_ns[s] / size_of[s].nbytes)
-        found += [("drop", s, -1) for s in cheap[:24]]
-        kept = [s for s in base.chains if s not in out and s not in choice.dropped and s in parcels]
-        found += [("drop", s, -1) for s in sorted(kept, key=lambda s: again_ns[s] / size_of[s].nbytes)[:24]]
-        for s in waited[:6]:
-            size_s = size_of[s].nbytes
-            near = sorted(others, key=lambda o: (abs(size_of[o].nbytes - size_s), parcels[o].out))[:4]
-            found += [("swap", s, o) for o in near]
-        for s in sorted(best.away, key=lambda s: (-size_of[s].nbytes, parcels[s].out)):
-            found.append(("keep", s, -1))
-        found += [("undrop", s, -1) for s in sorted(choice.dropped, key=lambda s: -again_ns[s])[:24]]
-        return list(dict.fromkeys(found))
-
-    def _changed(self, best: Found, change: tuple[str, int, int]) -> Found | None:
-        kind, what, other = change
-        choice, target = best.choice, best.target_bytes
-        if kind == "target":
-            return self.judge(choice, best.away, target + target // other, best.ahead)
-        wanted = {
-            "drop": replace(choice, dropped=choice.dropped | {what}, coded=choice.coded - {what}),
-            "undrop": replace(choice, dropped=choice.dropped - {what}),
-            "code": replace(choice, coded=choice.coded | {what}, dropped=choice.dropped - {what}),
-            "uncode": replace(choice, coded=choice.coded - {what}),
-            "unblock": replace(choice, blocks=choice.blocks - {what}),
-        }.get(kind, choice)
-        if kind == "block":
-            wanted = replace(choice, blocks=self.choices.beside(choice.blocks, what))
-        settled = self.choices.settled(wanted)
-        if settled is None or (kind == "code" and what not in settled.coded):
-            return None
-        away = [s for s in best.away if s != what or kind in ("block", "unblock")]
-        if kind == "swap":
-            away.append(other)
-        tried = self.judge(settled, away, target, best.ahead)
-        if tried.requested_bytes > target and kind in ("undrop", "uncode"):
-            tried = self.judge(settled, [*away, what], target, best.ahead)
-        if tried.requested_bytes > target and kind == "unblock":
-            parcels = self.choices.made(settled).parcels
-            inner = [s for s in self.choices.blocks[what].dropped if s in parcels and s not in away]
-            tried = self.judge(settled, [*away, *inner], target, best.ahead)
-        if tried.requested_bytes > target:
-            return None
-        return self._shed(tried) if kind in ("drop", "code", "block") else tried
-
-    def _shed(self, found: Found) -> Found:
-        """Without the offloads that are waited for and not needed any more."""
-        best = found
-        origin, stalls = self.choices.made(found.choice).origin, found.schedule.stalls
-        for number in sorted((s for s in stalls if stalls[s] > 0), key=lambda s: -stalls[s])[:3]:
-            rest = [s for s in best.away if s != origin[number]]
-            tried = self.judge(best.choice, rest, best.target_bytes, best.ahead)
-            if tried.requested_bytes <= best.target_bytes and tried.time_ns < best.time_ns:
-                best = tried
-        return best
