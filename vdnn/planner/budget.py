@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from vdnn.analysis.blocks import repeated
 from vdnn.analysis.encoding import planned
@@ -49,9 +50,11 @@ _CANDIDATES = (
     "encode-offload",
     "checkpoint-offload",
 )
-# Ops that may be rewritten and simulated for seeds, to make them fit, and in local search; and how many starts it has.
-_SEEDING, _FITTING, _IMPROVING = 300_000, 600_000, 1_200_000
-_STARTS = 2
+# Ops that may be rewritten and simulated for seeds, to make them fit, and in local search.
+_SEEDING, _FITTING, _IMPROVING = 300_000, 700_000, 1_500_000
+# Starts of local search: of a short step more, until their ops are about as many; half as many that need little memory.
+_STARTS = range(2, 9)
+_STARTING = 2000
 # The least storage that moves, if nothing else fits: below that a copy's latency is all that it takes.
 _SMALL = 1 << 16
 
@@ -194,14 +197,15 @@ def _searched(search: Search, budget: int, seconds: float) -> Iterator[Plan]:
     """Plans of the search, the best first; the last needs the least memory."""
     room = max(budget - held_bytes(search.trace, search.hardware), 1)
     target = room if search.trace.device == "cpu" else room * 15 // 16
-    fitting = search.starts(list(search.seeds(target, room, seconds, _SEEDING)), budget, _STARTS, _FITTING)
-    if len(fitting) < _STARTS:  # what needs little memory has room for changes
-        low = sorted(search.least(), key=lambda found: found.rank)
-        fitting += [found for found in low if search.fits(found, budget)][:1]
+    count = min(max(_STARTING // max(len(search.trace.ops), 1), _STARTS[0]), _STARTS[-1])
+    fitting = search.starts(list(search.seeds(target, room, seconds, _SEEDING)), budget, count, _FITTING)
+    # what needs little memory has room for changes
+    low = (found for found in sorted(search.least(), key=lambda found: found.rank) if search.fits(found, budget))
+    fitting += islice(low, count // 2)
     better, left = [], _IMPROVING
     for found in sorted(fitting, key=lambda found: found.rank):
         before = search.work
-        better.append(Improving(search).improve(found, budget, left * 3 // 4))
+        better.append(Improving(search).improve(found, budget, left // 2))
         left -= search.work - before
     for found in sorted([*better, *fitting], key=lambda found: found.rank):
         yield _plan(search, found)
@@ -260,7 +264,7 @@ def least_plan(trace: Trace, hardware: Hardware, options: Options | None = None)
         Search(trace, hardware, options),
         Search(trace, hardware, replace(options, min_bytes=min(options.min_bytes, _SMALL))),
     ):
-        for one in search.least()[: 2 * _STARTS]:
+        for one in search.least()[:4]:
             step = search.choices.made(one.choice).step.trace
             tried.append((one.requested_bytes, _plan(search, one), step, one.schedule.moves))
     for plan in _candidates(trace, hardware, options, hardware.available_bytes):

@@ -41,6 +41,7 @@ _RUNS = (40, 5, 3, 0)
 _LEAST_TOLD = 4  # programs that are solved in any case
 _BREAKPOINTS = 450  # of a seed's program: coarser than the bound's
 _REFITS = 4
+_SMALL = 1000  # ops of a step of which more starts can be tried
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +262,7 @@ class Search:
         one that fits is enough, found by bisection.
         """
         limit = self.work + work
+        step = budget >> (6 if len(self.trace.ops) < _SMALL else 5)
         queue = [(*seed.found.rank, number, seed.found) for number, seed in enumerate(seeds)]
         heapify(queue)
         fitting: list[Found] = []
@@ -269,7 +271,7 @@ class Search:
             if self.fits(found, budget):
                 fitting.append(found)
                 continue
-            lower = self.fill(found.choice, seeds[number].shares, found.target_bytes - (budget >> 5))
+            lower = self.fill(found.choice, seeds[number].shares, found.target_bytes - step)
             if found.requested_bytes <= found.target_bytes:  # it may need less yet
                 heappush(queue, (*lower.rank, number, lower))
         while queue and not fitting:
