@@ -79,7 +79,7 @@ def test_as_many_blocks_run_again_as_the_budget_asks_for() -> None:
     assert (found.result.iteration_time_ns or 0) < (all_.iteration_time_ns or 0)
 
 
-@pytest.mark.parametrize("name", ["conv", "transformer", "gpt2"])
+@pytest.mark.parametrize("name", ["conv", "transformer", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_more_memory_makes_no_slower_plan(name: str) -> None:
     """To a hundredth: the search is one of steps downhill, and may end in another valley."""
     if name == "gpt2":
