@@ -108,6 +108,8 @@ def _block(
     ops = trace.ops[begin:end]
     if not ops or any(op.module not in inside for op in ops):
         return None
+    if any(not (trace.modules[i].fqn + ".").startswith(call.fqn + ".") for i in inside):
+        return None  # it calls a module that is not its own, whose buffers are not the block's to put back
     outer: set[int] = set()
     for op in ops:
         for s in op.reads:
