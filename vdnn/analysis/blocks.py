@@ -15,11 +15,10 @@ under autocast saves a low-precision copy of it instead), the input stays on the
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from vdnn.analysis.insertion import op_of
+from vdnn.analysis.insertion import call_at, op_of, saved_at, shifted, stored_at
 from vdnn.analysis.moments import Points
 from vdnn.errors import PlanMismatchError
 from vdnn.values.plan import Plan, Point, Recompute
@@ -259,12 +258,11 @@ class _Rewriting:
         for batch in self.batches:
             before.append(before[-1] + len(batch))
 
-        def moment(position: int) -> int:
-            """A position: what is computed again at it comes after it."""
-            return position + before[bisect_left(self.at, position)]
+        moments = shifted(len(trace.ops), self.at, before)
+        moment = moments.__getitem__
 
         def index(op: int) -> int:
-            return op + before[bisect_left(self.at, op + 1)]
+            return moments[op + 1] - 1
 
         asked: dict[int, list[int]] = {}
         gone: dict[int, int] = {}
@@ -273,10 +271,11 @@ class _Rewriting:
                 asked.setdefault(block.source, []).append(position)
             gone.update(dict.fromkeys(block.dropped, points.end(block.call)[0]))
         saved = tuple(
-            replace(
+            saved_at(
                 t,
-                packed_at=moment(t.packed_at),
-                unpacked_at=tuple(moment(u) for u in sorted({*asked.get(i, ()), *t.unpacked_at})),
+                t.storage,
+                moment(t.packed_at),
+                tuple(map(moment, sorted({*asked.get(i, ()), *t.unpacked_at}))),
             )
             for i, t in enumerate(trace.saved)
         )
@@ -295,12 +294,12 @@ class _Rewriting:
                 need = -1
             if i in stays_until:
                 release, free = max(release, stays_until[i]), max(free, stays_until[i])
-            storages.append(replace(s, alloc=alloc, release=release, need=need, free=free))
+            storages.append(stored_at(s, alloc, release, need, free))
         source = {new: old for old, new in self.stays.items()}
         for i, ((number, begin, end), s) in enumerate(zip(self.life, self.new, strict=True), len(trace.storages)):
             start = self.at[number] + before[number]
             free = start + end if end >= 0 else moment(trace.storages[source[i]].free)
-            storages.append(replace(s, alloc=start + begin, release=free, need=-1, free=free))
+            storages.append(stored_at(s, start + begin, free, -1, free))
         ops: list[Op] = []
         batches = {position: number for number, position in enumerate(self.at)}
         if len(batches) < len(self.at):
@@ -314,11 +313,9 @@ class _Rewriting:
                 op = op_of(op, op.phase, reads, writes)
             ops.append(op)
         modules = tuple(
-            replace(
-                call,
-                backward_begin=moment(call.backward_begin) if call.backward_begin >= 0 else -1,
-                backward_end=moment(call.backward_end) if call.backward_end >= 0 else -1,
-            )
+            call_at(call, call.forward_begin, call.forward_end, moment(call.backward_begin), moment(call.backward_end))
+            if call.backward_begin >= 0
+            else call
             for call in trace.modules
         )
         step = replace(trace, ops=tuple(ops), storages=tuple(storages), saved=saved, modules=modules)
