@@ -265,10 +265,11 @@ class _Tensors(TorchFunctionMode):
     def _to(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         copy = kwargs.pop("copy", False)
         if args and isinstance(args[0], Tensor):
-            place, dtype = _device_of(args[0]), args[0].dtype
+            place, dtype, form = _device_of(args[0]), args[0].dtype, None
         else:
-            place, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+            place, dtype, _, form = torch._C._nn._parse_to(*args, **kwargs)
         found = tensor if dtype is None else tensor.to(dtype)
+        found = found if form is None else found.to(memory_format=form)
         if place is None or (place.type == _device_of(tensor).type and not copy):
             return _like(found, tensor) if place is None or place.type == "cpu" else found
         found = found.clone()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import vdnn
-from vdnn.analysis.encodable import encodable, refusal
+from vdnn.analysis.encodable import encodable, refusals
 from vdnn.analysis.encoding import encoded
 from vdnn.analysis.liveness import requested
 from vdnn.analysis.moments import Move, Points, resolve
@@ -146,9 +146,9 @@ def test_a_code_that_is_not_enough_for_a_reader_is_refused() -> None:
     with pytest.raises(PlanMismatchError, match="LeakyReluBackward0 needs more of it than the code 'sign' keeps"):
         encoded(TRACE, changed(plan, "positive", how="sign"))
     conv = next(t for t in TRACE.saved if t.node == "ConvolutionBackward0" and TRACE.storages[t.storage].alloc >= 0)
-    assert "ConvolutionBackward0 needs more" in refusal(TRACE, conv.storage, "sign")
+    assert "ConvolutionBackward0 needs more" in refusals(TRACE, {conv.storage: "sign"})[conv.storage]
     parameter = next(t for t in TRACE.saved if TRACE.storages[t.storage].category == "parameter")
-    assert "not a feature map" in refusal(TRACE, parameter.storage, "sign")
+    assert "not a feature map" in refusals(TRACE, {parameter.storage: "sign"})[parameter.storage]
 
 
 def test_a_plan_that_is_wrong_is_named() -> None:

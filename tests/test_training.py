@@ -104,6 +104,11 @@ def test_a_step_that_fits_with_offload_alone_is_compared_with_one_that_does_not_
     assert done.measured.fits
     assert done.baseline.fits is False
     assert "losses: " in str(done)
+    tiny = replace(small, memory_bytes=16 << 20)
+    with pytest.raises(DeviceOutOfMemory, match=r"demo:cnn \(batch 8\) under vdnn-all, predicted to need 21.6 MiB: "):
+        vdnn.run(
+            vdnn.load("demo:cnn", batch=8), "vdnn-all", tiny, device="virtual", steps=2, optimizer="none", min_bytes=1
+        )
 
 
 def test_where_there_is_no_cuda_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

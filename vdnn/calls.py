@@ -31,8 +31,8 @@ _NONE: dict[str, Any] = {}
 class Frame:
     """One call of one module while it runs. `packs` counts the tensors packed in it so far.
 
-    `args` are its positional arguments, only while its begin or end is told; `kwargs` the others, and `output` what it
-    gives, only while its end is.
+    `args` and `kwargs` are what it is called with, only while its begin or end is told; `output` is what it gives, only
+    while its end is.
     """
 
     __slots__ = ("args", "call", "fqn", "kwargs", "module", "output", "packs", "parent", "slot")
@@ -96,7 +96,7 @@ class ModuleCalls:
         begin, end = Hook(self._begin), Hook(self._end)
         self._names = {id(module): fqn for fqn, module in self.root.named_modules()}
         for module in self.root.modules():
-            self._handles.append(module.register_forward_pre_hook(begin, prepend=True))
+            self._handles.append(module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True))
             # always_call: the frame must end when forward raises, too
             self._handles.append(module.register_forward_hook(end, with_kwargs=True, always_call=True))
 
@@ -107,7 +107,7 @@ class ModuleCalls:
         self._handles.clear()
         self.current = None
 
-    def _begin(self, module: nn.Module, args: Any) -> None:
+    def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         parent = self.current
         if parent is not None and module is self._root() and not self._runs_inside_itself():
             parent = None  # an earlier forward was broken off (KeyboardInterrupt skips forward hooks)
@@ -120,9 +120,9 @@ class ModuleCalls:
         self._counts[key] = call + 1
         frame = self.current = Frame(module, self._names[key], call, parent)
         if self._on_begin is not None:
-            frame.args = args
+            frame.args, frame.kwargs = args, kwargs
             self._on_begin(frame)
-            frame.args = ()
+            frame.args, frame.kwargs = (), _NONE
 
     def _runs_inside_itself(self) -> bool:
         """Whether the root's forward is really on the Python stack beside the call that begins now."""

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from vdnn.engine import CudaDevice, EngineReport, Schedule, VirtualDevice, engine_of, unwrap_model, wrap_model
-from vdnn.errors import UsageError, unknown_name
+from vdnn.errors import DeviceOutOfMemory, UsageError, unknown_name
 from vdnn.models import Work
 from vdnn.reporting import as_text, prediction_table, provenance
 from vdnn.sim import simulate_step
@@ -125,8 +125,14 @@ def run_policies(
 
     plain = trained(*cases[0], None)
     for work, trace, plan in cases:
-        done = trained(work, trace, plan, plain.steps)
         predicted = replace(simulate_step(trace, plan, hardware), provenance=provenance(torch=str(torch.__version__)))
+        try:
+            done = trained(work, trace, plan, plain.steps)
+        except DeviceOutOfMemory as error:
+            needs = format_bytes(predicted.peak_requested_bytes)
+            raise DeviceOutOfMemory(
+                f"{work.name} (batch {work.batch}) under {predicted.policy}, predicted to need {needs}: {error}"
+            ) from None
         verdict = (
             f"{steps} steps: {done.compared} outputs, losses and gradients are torch.equal to those without offload"
             if not done.differs

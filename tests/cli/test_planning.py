@@ -194,3 +194,21 @@ def test_an_explained_plan_has_the_numbers_of_the_step_too(chain: str) -> None:
     assert {*COLUMNS} <= {*row["baseline"]}
     assert row["policy"] == "vdnn-all"
     assert row["baseline"]["policy"] == "none"
+
+
+def test_a_policy_of_several_that_has_no_plan_is_left_out_and_alone_it_is_an_error(chain: str, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from vdnn.values import hardware
+
+    card = hardware("rtx4090")
+    tiny = tmp_path / "tiny.json"
+    save(replace(card, id="tiny", memory_bytes=card.context_bytes + (64 << 20)), tiny)
+    asked = ("compare", chain, "--gpu", str(tiny), "--policy", "vdnn-dyn")
+    alone = vdnn(*asked)
+    assert alone.returncode == 3
+    assert "vdnn-dyn has no plan with which" in alone.stderr
+    beside = vdnn(*asked, "--policy", "vdnn-all")
+    assert beside.returncode == 0
+    assert "left out vdnn-dyn: vdnn-dyn has no plan" in beside.stderr
+    assert "vdnn-all" in beside.stdout

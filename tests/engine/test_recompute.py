@@ -32,6 +32,19 @@ class Residual(nn.Module):
         return x + self.conv(self.act(self.norm(x)))
 
 
+class Gated(nn.Module):
+    """Squeeze and excite: the pool's output is made again by way of what its gate multiplied, which is gone by then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.pool = nn.GELU(), nn.AdaptiveAvgPool2d(1)
+        self.squeeze, self.gate = nn.Conv2d(8, 8, 1), nn.Sigmoid()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.act(x)
+        return x * self.gate(self.squeeze(self.pool(x)))
+
+
 class ChannelsLastNorm(nn.LayerNorm):
     """A norm over channels that sits between two permutations, as in ConvNeXt."""
 
@@ -55,6 +68,10 @@ def words() -> nn.Module:
     )  # fmt: skip
 
 
+def gated() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), Gated(), nn.Conv2d(8, 8, 3), Gated(), nn.Flatten(), nn.Linear(128, 5))
+
+
 def shared() -> nn.Module:
     act, norm = nn.Sigmoid(), nn.BatchNorm1d(16)
     return nn.Sequential(nn.Linear(16, 16), norm, act, nn.Linear(16, 16), norm, act, nn.Linear(16, 3))
@@ -65,6 +82,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "images": (images, (4, 3, 18, 18)),
     "words": (words, (6, 16)),
     "shared": (shared, (6, 16)),
+    "gated": (gated, (2, 3, 8, 8)),
 }
 
 
@@ -84,7 +102,7 @@ def test_every_bit_is_the_same(name: str, policy: str) -> None:
     expected = trained(*made(name))
     model, x = made(name)
     plan = planned(model, x, policy)
-    assert len(again(plan)) >= {"images": 9, "words": 2, "shared": 2}[name]
+    assert len(again(plan)) >= {"images": 9, "words": 2, "shared": 2, "gated": 4}[name]
     device = VirtualDevice(seed=3)
     wrapped(model, plan, device)
     got = trained(model, x)

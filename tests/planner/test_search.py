@@ -109,13 +109,14 @@ def test_what_the_scheduler_says_of_memory_is_what_liveness_says(data: st.DataOb
 
 def test_runs_of_recomputation_are_cut_where_they_grow_too_long() -> None:
     search = Search(TRACES["conv"], MACHINE, Options(min_bytes=1))
-    everything = search.cut(search.chains, 1 << 60)
-    assert everything == frozenset(search.chains)
-    some = search.cut(search.chains, 0)
+    found = search.choices.chains
+    everything = search.cut(found, 1 << 60)
+    assert everything == frozenset(found)
+    some = search.cut(found, 0)
     assert some < everything
     storages = search.trace.storages
     for s in some:  # none is made from another that is made again, too
-        assert search.trace.saved[search.chains[s].source].storage not in some or not storages[s].nbytes
+        assert search.trace.saved[found[s].source].storage not in some or not storages[s].nbytes
 
 
 NETWORKS = [

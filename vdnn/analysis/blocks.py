@@ -8,15 +8,17 @@
 What a block saves stays until the block returns, and goes. Where backward first asks for something of it, the block
 runs again up to the last pack that the plan needs, on copies of its buffers; what it makes on the way and nobody saves
 goes as it did in forward. Names of saved tensors stay as they were, so plans hold for both steps.
+
+A block starts from a saved tensor, which may be offloaded until then; or, where forward lets go of its input (a layer
+under autocast saves a low-precision copy of it instead), the input stays on the device until the block has run again.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from vdnn.analysis.insertion import op_of
+from vdnn.analysis.insertion import call_at, op_of, saved_at, shifted, stored_at
 from vdnn.analysis.moments import Points
 from vdnn.errors import PlanMismatchError
 from vdnn.values.plan import Plan, Point, Recompute
@@ -27,11 +29,15 @@ __all__ = ["Block", "block_actions", "blocked", "blocks", "repeated", "run_again
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A module call, the saved tensor that is its input, and the storages that go; all as indexes in the trace."""
+    """A module call, the saved tensor that is its input, and the storages that go; all as indexes in the trace.
+
+    `source` is -1 where no saved tensor is its input; `held` are the storages that it takes and that stay for it.
+    """
 
     call: int
     source: int
     dropped: tuple[int, ...]
+    held: tuple[int, ...] = ()
 
 
 def blocks(trace: Trace) -> dict[int, Block]:
@@ -41,10 +47,16 @@ def blocks(trace: Trace) -> dict[int, Block]:
     saved: dict[int, list[int]] = {}
     for i, t in enumerate(trace.saved):
         saved.setdefault(t.storage, []).append(i)
+    forward_end = trace.forward_end
+    able = {}  # saved storages that a block could let go of
+    for i, tensors in saved.items():
+        s = trace.storages[i]
+        if s.category == "activation" and s.nbytes and not s.held and s.release < s.need and s.need >= forward_end:
+            able[i] = tensors
     found = {}
     for c, call in enumerate(trace.modules):
-        if c in parents and call.parent >= 0:
-            block = _block(trace, c, inside[c], saved)
+        if c in parents and call.parent >= 0 and call.forward_end <= forward_end:
+            block = _block(trace, c, inside[c], saved, able)
             if block is not None:
                 found[c] = block
     return found
@@ -72,7 +84,8 @@ def repeated(trace: Trace) -> list[Block]:
 def block_actions(points: Points, block: Block, why: str = "") -> dict[int, Recompute]:
     """The plan's actions for what this block lets go of, by storage."""
     call = points.trace.modules[block.call]
-    action = Recompute(why, (), str(points.names[block.source]), f"{call.fqn}#{call.call}")
+    source = str(points.names[block.source]) if block.source >= 0 else ""
+    action = Recompute(why, (), source, f"{call.fqn}#{call.call}")
     return dict.fromkeys(block.dropped, action)
 
 
@@ -86,12 +99,16 @@ def _inside(trace: Trace) -> list[set[int]]:
     return found
 
 
-def _block(trace: Trace, c: int, inside: set[int], saved: dict[int, list[int]]) -> Block | None:
+def _block(
+    trace: Trace, c: int, inside: set[int], saved: dict[int, list[int]], able: dict[int, list[int]]
+) -> Block | None:
     call = trace.modules[c]
     begin, end = call.forward_begin, call.forward_end
     ops = trace.ops[begin:end]
-    if not ops or end > trace.forward_end or any(op.module not in inside for op in ops):
+    if not ops or any(op.module not in inside for op in ops):
         return None
+    if any(not (trace.modules[i].fqn + ".").startswith(call.fqn + ".") for i in inside):
+        return None  # it calls a module that is not its own, whose buffers are not the block's to put back
     outer: set[int] = set()
     for op in ops:
         for s in op.reads:
@@ -101,14 +118,8 @@ def _block(trace: Trace, c: int, inside: set[int], saved: dict[int, list[int]]) 
             return None  # it changes its input
     dropped = tuple(
         s
-        for s, tensors in saved.items()
-        if begin <= trace.storages[s].alloc < end
-        and trace.storages[s].category == "activation"
-        and trace.storages[s].nbytes
-        and not trace.storages[s].held
-        and trace.storages[s].release < trace.storages[s].need
-        and trace.storages[s].need >= trace.forward_end
-        and all(trace.saved[i].module in inside for i in tensors)
+        for s, tensors in able.items()
+        if begin <= trace.storages[s].alloc < end and all(trace.saved[i].module in inside for i in tensors)
     )
     if not dropped:
         return None
@@ -117,10 +128,14 @@ def _block(trace: Trace, c: int, inside: set[int], saved: dict[int, list[int]]) 
     for i, op in enumerate(trace.ops[end:need], end):
         for s in op.writes:
             last_write[s] = i
-    sources = [i for s in outer for i in saved.get(s, ()) if trace.saved[i].module in inside]
-    if not sources or any(s in last_write or not trace.storages[s].free > need for s in outer):
+    if not outer or any(s in last_write for s in outer):
         return None
-    return Block(c, min(sources), dropped)
+    if all(trace.storages[s].free > need for s in outer):
+        sources = [i for s in outer for i in saved.get(s, ()) if trace.saved[i].module in inside]
+        if sources:
+            start = trace.saved[min(sources)].storage
+            return Block(c, min(sources), dropped, tuple(sorted(outer - {start})))
+    return Block(c, -1, dropped, tuple(sorted(outer)))
 
 
 def blocked(trace: Trace, plan: Plan | None) -> Trace:
@@ -150,12 +165,24 @@ def blocked(trace: Trace, plan: Plan | None) -> Trace:
         strange = sorted(set(dropped) - set(block.dropped))
         if strange:
             raise PlanMismatchError(f"storage {strange[0]} of {trace.model} is not made and saved in {text} alone")
-        place = Point.parse(f"pack {sources[text]}")
-        source = points.saved_at(place.module, place.call, place.index)
-        if source is None or trace.saved[source].storage != trace.saved[block.source].storage:
-            raise PlanMismatchError(f"{text} of {trace.model} does not start from {sources[text]}")
-        found.append(Block(block.call, source, tuple(dropped)))
+        source = _named(points, sources[text])
+        if source != block.source and (
+            source is None
+            or min(source, block.source) < 0
+            or trace.saved[source].storage != trace.saved[block.source].storage
+        ):
+            start = sources[text] or "its input alone"
+            raise PlanMismatchError(f"{text} of {trace.model} does not start from {start}")
+        found.append(replace(block, source=source, dropped=tuple(dropped)))
     return run_again(trace, found)
+
+
+def _named(points: Points, text: str) -> int | None:
+    """The saved tensor that a plan names as a source; -1 where it names none, None where there is none of the name."""
+    if not text:
+        return -1
+    place = Point.parse(f"pack {text}")
+    return points.saved_at(place.module, place.call, place.index)
 
 
 def run_again(trace: Trace, found: Sequence[Block], *, checked: bool = True) -> Trace:
@@ -231,26 +258,32 @@ class _Rewriting:
         for batch in self.batches:
             before.append(before[-1] + len(batch))
 
-        def moment(position: int) -> int:
-            """A position: what is computed again at it comes after it."""
-            return position + before[bisect_left(self.at, position)]
+        moments = shifted(len(trace.ops), self.at, before)
+        moment = moments.__getitem__
 
         def index(op: int) -> int:
-            return op + before[bisect_left(self.at, op + 1)]
+            return moments[op + 1] - 1
 
         asked: dict[int, list[int]] = {}
         gone: dict[int, int] = {}
         for block, position in zip(self.found, self.at, strict=True):
-            asked.setdefault(block.source, []).append(position)
+            if block.source >= 0:
+                asked.setdefault(block.source, []).append(position)
             gone.update(dict.fromkeys(block.dropped, points.end(block.call)[0]))
         saved = tuple(
-            replace(
+            saved_at(
                 t,
-                packed_at=moment(t.packed_at),
-                unpacked_at=tuple(moment(u) for u in sorted({*asked.get(i, ()), *t.unpacked_at})),
+                t.storage,
+                moment(t.packed_at),
+                tuple(map(moment, sorted({*asked.get(i, ()), *t.unpacked_at}))),
             )
             for i, t in enumerate(trace.saved)
         )
+        stays_until: dict[int, int] = {}  # what blocks take, by storage: until they have run again
+        for number, block in enumerate(self.found):
+            end = self.at[number] + before[number] + len(self.batches[number])
+            for taken in block.held:
+                stays_until[taken] = max(stays_until.get(taken, 0), end)
         first = {trace.saved[i].storage: min(positions) for i, positions in asked.items()}
         storages = []
         for i, s in enumerate(trace.storages):
@@ -259,12 +292,14 @@ class _Rewriting:
             if i in self.stays:
                 release = free = moment(max(s.release, gone[i]))
                 need = -1
-            storages.append(replace(s, alloc=alloc, release=release, need=need, free=free))
+            if i in stays_until:
+                release, free = max(release, stays_until[i]), max(free, stays_until[i])
+            storages.append(stored_at(s, alloc, release, need, free))
         source = {new: old for old, new in self.stays.items()}
         for i, ((number, begin, end), s) in enumerate(zip(self.life, self.new, strict=True), len(trace.storages)):
             start = self.at[number] + before[number]
             free = start + end if end >= 0 else moment(trace.storages[source[i]].free)
-            storages.append(replace(s, alloc=start + begin, release=free, need=-1, free=free))
+            storages.append(stored_at(s, start + begin, free, -1, free))
         ops: list[Op] = []
         batches = {position: number for number, position in enumerate(self.at)}
         if len(batches) < len(self.at):
@@ -278,11 +313,9 @@ class _Rewriting:
                 op = op_of(op, op.phase, reads, writes)
             ops.append(op)
         modules = tuple(
-            replace(
-                call,
-                backward_begin=moment(call.backward_begin) if call.backward_begin >= 0 else -1,
-                backward_end=moment(call.backward_end) if call.backward_end >= 0 else -1,
-            )
+            call_at(call, call.forward_begin, call.forward_end, moment(call.backward_begin), moment(call.backward_end))
+            if call.backward_begin >= 0
+            else call
             for call in trace.modules
         )
         step = replace(trace, ops=tuple(ops), storages=tuple(storages), saved=saved, modules=modules)

@@ -9,12 +9,12 @@ Whether encoding frees anything (somebody may hold the storage, backward may nee
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from vdnn.values.codes import CODES, ITEM_BYTES, Code, allows, fits
 from vdnn.values.trace import SavedTensor, Trace
 
-__all__ = ["elements_of", "encodable", "refusal", "windows"]
+__all__ = ["elements_of", "encodable", "refusals", "windows"]
 
 _SMALLEST_FIRST: tuple[Code, ...] = ("shape", "sign", "positive", "bits", "index8", "index16")
 assert set(_SMALLEST_FIRST) == set(CODES)
@@ -34,10 +34,14 @@ def encodable(trace: Trace) -> dict[int, Code]:
     return found
 
 
-def refusal(trace: Trace, storage: int, code: Code) -> str:
-    """Why this code cannot stand for the storage; "" if it can."""
-    group = [i for i, t in enumerate(trace.saved) if t.storage == storage]
-    return _refusal(trace, storage, group, code, _pools(trace))
+def refusals(trace: Trace, codes: Mapping[int, Code]) -> dict[int, str]:
+    """Of codes that cannot stand for their storages, why."""
+    tensors: dict[int, list[int]] = {}
+    for i, t in enumerate(trace.saved):
+        tensors.setdefault(t.storage, []).append(i)
+    made = _pools(trace)
+    why = {storage: _refusal(trace, storage, tensors[storage], code, made) for storage, code in codes.items()}
+    return {storage: text for storage, text in why.items() if text}
 
 
 def elements_of(trace: Trace, storage: int, dtype: str) -> int:

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from vdnn.analysis.blocks import blocked
-from vdnn.analysis.encodable import elements_of, refusal, windows
+from vdnn.analysis.encodable import elements_of, refusals, windows
 from vdnn.analysis.insertion import call_at, op_of, saved_at, stored_at
 from vdnn.analysis.moments import Moment, Points
 from vdnn.analysis.recomputing import recomputed
@@ -40,13 +40,16 @@ def encoded(trace: Trace, plan: Plan | None) -> Trace:
     if not entries:
         return trace
     points = Points(trace)
+    tensors: dict[int, list[int]] = {}
+    for i, t in enumerate(trace.saved):
+        tensors.setdefault(t.storage, []).append(i)
     codes: dict[int, Code] = {}
     for entry in entries:
         group = sorted(points.find(name) for name in entry.saved)
         storage = trace.saved[group[0]].storage
         assert isinstance(entry.action, Encode)
         why = ""
-        if group != [i for i, t in enumerate(trace.saved) if t.storage == storage]:
+        if group != tensors[storage]:
             why = "its entry leaves out a tensor in its storage"
         elif storage in codes:
             why = "it shares its storage with another entry"
@@ -107,6 +110,7 @@ class _Rewriting:
         self.points = Points(trace)
         self.codes = codes
         self.checked = checked
+        self.refused = refusals(trace, codes) if checked else {}
         self.tensors: dict[int, list[int]] = {}
         for i, t in enumerate(trace.saved):
             self.tensors.setdefault(t.storage, []).append(i)
@@ -126,7 +130,7 @@ class _Rewriting:
     def encode(self, storage: int) -> None:
         trace, how = self.trace, self.codes[storage]
         group = self.tensors[storage]
-        why = refusal(trace, storage, how) if self.checked else ""
+        why = self.refused.get(storage)
         if why:
             raise PlanMismatchError(
                 f"{self.points.names[group[0]]} of {trace.model} cannot be encoded as {how!r}: {why}"

@@ -148,10 +148,15 @@ class _Rewriting:
         started: set[int] = set()  # what is fetched to start from
         last_use: dict[int, int] = {}
 
+        def again(s: int) -> int:
+            """The storage that was made for this one, unless it is gone since; itself where there is none."""
+            if s in self.now and position < self.trace.storages[s].free:
+                return self.now[s]
+            return temporary.get(s, s)
+
         def place(s: int) -> int:
             """Where the bytes of a storage are now; makes them again if they are nowhere."""
-            known = self.now.get(s, temporary.get(s))
-            if known is not None:
+            if (known := again(s)) != s:
                 return known
             old = self.trace.storages[s]
             there = old.alloc <= position < old.free and not (s in self.away and position < old.need)
@@ -171,17 +176,18 @@ class _Rewriting:
                 op = self.trace.ops[number]
                 reads = {r: place(r) for r in op.reads if r != s and r not in op.writes}
                 for w in op.writes:
-                    if w not in self.now and w not in temporary:
-                        self._new(w, w in self.dropped, temporary, position, len(ops))
-                table = {**reads, **{w: self.now.get(w, temporary.get(w, w)) for w in op.writes}}
+                    if again(w) == w:
+                        kept = w in self.dropped and position < self.trace.storages[w].free
+                        self._new(w, kept, temporary, position, len(ops))
+                table = {**reads, **{w: again(w) for w in op.writes}}
                 if s in op.reads and s not in table:  # a view of what was made just now
-                    table[s] = self.now.get(s, temporary.get(s, s))
+                    table[s] = again(s)
                 new_reads = tuple(table.get(r, r) for r in op.reads)
                 new_writes = tuple(table[w] for w in op.writes)
                 for used in (*new_reads, *new_writes):
                     last_use[used] = len(ops)
                 ops.append(op_of(op, "backward", new_reads, new_writes))
-            return self.now.get(s, temporary.get(s, s))
+            return again(s)
 
         place(storage)
         for new in temporary.values():

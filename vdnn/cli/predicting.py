@@ -326,7 +326,10 @@ def max_batch(
 
 
 class LeftOut:
-    """Policies that cannot be compared, by why: an error where they were named, else one line for each reason."""
+    """Policies that cannot be compared, by why: one line for each reason.
+
+    It is an error where they were named, but for several of which some fit: that one does not is an answer.
+    """
 
     def __init__(self, named: list[str] | None) -> None:
         self.named = named
@@ -338,7 +341,8 @@ class LeftOut:
         try:
             yield
         except (UsageError, InfeasibleError) as error:
-            if self.named or (name == "none" and isinstance(error, UsageError)):
+            named = self.named is not None and (isinstance(error, UsageError) or len(self.named) == 1)
+            if named or (name == "none" and isinstance(error, UsageError)):
                 raise
             self.why.setdefault(str(error), []).append(name)
 

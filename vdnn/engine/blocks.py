@@ -2,7 +2,8 @@
 
     forward   block begins       the random generators' states are noted
               packs in it        what the plan drops gets an object each; the memory stays for now
-              block returns      checked: its input is the plan's source, unchanged; then the memory goes
+              block returns      checked: its input is the plan's source, unchanged; then the memory goes. Without a
+                                 source the input itself is held
     backward  first unpack       the source is unpacked, the block runs once more with its hooks on saved tensors: each
                                  pack is known by (module, call of it in the block, number), and what is wanted is kept
 
@@ -78,6 +79,7 @@ class BlockRun:
         "_base",
         "_before",
         "_began",
+        "_holds",
         "_kwargs",
         "_place",
         "_rerun",
@@ -89,10 +91,11 @@ class BlockRun:
         "over",
     )
 
-    def __init__(self, frame: Frame) -> None:
+    def __init__(self, frame: Frame, holds: bool) -> None:
         self.broken = ""
+        self._holds = holds
         self.over = False
-        self._began = _versions(frame.args)
+        self._began = _versions((frame.args, frame.kwargs))
         self._before = Before(frame.module)
         self._base: dict[int, int] = {}  # first call of each module in the block
         self._storages: dict[int, weakref.ref[BlockStorage]] = {}  # by plan entry
@@ -137,9 +140,11 @@ class BlockRun:
         if self.broken:
             self._source = None
             return
-        first, *others = frame.args
-        self._rerun = Rerun(frame.module, first.device.type, self._before)
-        self._args = (_Placeholder(Layout(first), first.requires_grad), *(_kept(arg) for arg in others))
+        kind = next(t.device.type for t in tree_leaves((frame.args, frame.kwargs)) if isinstance(t, torch.Tensor))
+        self._rerun = Rerun(frame.module, kind, self._before)
+        self._args = tuple(map(_kept, frame.args))
+        if not self._holds:
+            self._args = (_Placeholder(Layout(frame.args[0]), frame.args[0].requires_grad), *self._args[1:])
         self._kwargs = {name: _kept(arg) for name, arg in frame.kwargs.items()}
         for weak in self._storages.values():
             storage = weak()
@@ -148,14 +153,16 @@ class BlockRun:
 
     def _wrong(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         name = type(module).__name__
-        if not args or not is_plain(args[0]):
+        if not self._holds and (not args or not is_plain(args[0])):
             return f"a {name} does not take its input as its first argument"
-        if _versions(args) != self._began:
+        if not any(isinstance(t, torch.Tensor) for t in tree_leaves((args, kwargs))):
+            return f"a {name} takes no tensor that it can be seen to take"
+        if _versions((args, kwargs)) != self._began:
             return f"a {name} changes its input"
         changed = self._before.changed()
         if changed:
             return f"a {name} changes {changed}, and may depend on it"
-        if self._taken is None or not self._taken.holds(Layout(args[0])):
+        if not self._holds and (self._taken is None or not self._taken.holds(Layout(args[0]))):
             return f"a {name} saves another tensor than its input"
         if not all(is_plain(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)):
             return f"a {name} takes tensors of a kind of their own"
@@ -172,14 +179,15 @@ class BlockRun:
     def again(self, unpack: Callable[[Any], torch.Tensor]) -> int:
         """Run the block again, for whatever of it is wanted and gone; so many storages."""
         assert self._rerun is not None
-        assert self._taken is not None
         found = [weak() for weak in self._storages.values()]
         living = [storage for storage in found if storage is not None and storage.dropped]
         wanted = {storage.key: storage for storage in living}
-        source = unpack(self._source)
-        first, *others = self._args
-        given = first.layout.of(source, self._taken).detach().requires_grad_(first.requires_grad)
-        args = (given, *tree_map_only(_Held, _Held.get, tuple(others)))
+        args = tree_map_only(_Held, _Held.get, self._args)
+        if not self._holds:
+            first, *others = args
+            assert self._taken is not None
+            given = first.layout.of(unpack(self._source), self._taken).detach().requires_grad_(first.requires_grad)
+            args = (given, *others)
         kwargs = tree_map_only(_Held, _Held.get, self._kwargs)
         collector = _Collector(self._rerun.module, wanted)
         with _random_as(self._rng, self._place), collector.watching(), contextlib.suppress(_Enough):
@@ -225,7 +233,7 @@ class _Held:
         return tensor
 
 
-def _versions(args: tuple[Any, ...]) -> list[int]:
+def _versions(args: Any) -> list[int]:
     return [leaf._version for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
 
 

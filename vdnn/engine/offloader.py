@@ -93,7 +93,7 @@ class Offloader:
         if here is not None:
             slot = frame.slot = here.schedule.calls.get((frame.fqn, frame.call), NOTHING)
             if slot.block:
-                here.block = here.blocks[slot.block] = BlockRun(frame)
+                here.block = here.blocks[slot.block] = BlockRun(frame, slot.holds)
             if here.block is not None:
                 here.block.enters(frame)
             for entry, _ in slot.links:

@@ -64,13 +64,14 @@ class CallSchedule:
     """One module call: its slots by pack number, and the entries released when it returns.
 
     `links` are the entries that this call helps to compute again, and whether it is the last to do so. `block` is the
-    call's own name, if the plan runs it again.
+    call's own name, if the plan runs it again; `holds` says that its input stays for that.
     """
 
     slots: dict[int, Slot] = field(default_factory=dict)
     release: list[int] = field(default_factory=list)
     links: list[tuple[int, bool]] = field(default_factory=list)
     block: str = ""
+    holds: bool = False
 
 
 NOTHING = CallSchedule()  # of a call that the plan does not know
@@ -111,7 +112,7 @@ class Schedule:
         self.calls: dict[tuple[str, int], CallSchedule] = {}
         self.modules = {name.module for entry in plan.entries for name in entry.saved} if plan else set()
         actions = [entry.action for entry in plan.entries] if plan else []
-        if any(isinstance(action, Recompute) and not action.source for action in actions):
+        if any(isinstance(action, Recompute) and not (action.through or action.block) for action in actions):
             assert plan is not None
             raise EngineError(
                 f"the plan of {plan.policy} computes feature maps again that no module alone makes, which only the "
@@ -176,13 +177,17 @@ class Schedule:
             self._at_unpack(action.wait_at).arrive.append(index)
 
     def _lay_out_again(self, index: int, action: Recompute) -> None:
+        if action.block:
+            call = Point.parse(f"end {action.block}")
+            self.modules.add(call.module)
+            here = self.calls.setdefault((call.module, call.call), CallSchedule())
+            here.block, here.holds = action.block, not action.source
+            if here.holds:
+                return
         source = Point.parse(f"pack {action.source}")
         slot = self._slot(source.module, source.call, source.index)
         if action.block:
             slot.input_of = action.block
-            call = Point.parse(f"end {action.block}")
-            self.modules.add(call.module)
-            self.calls.setdefault((call.module, call.call), CallSchedule()).block = action.block
             return
         slot.source_of.append(index)
         for place, text in enumerate(action.through):

@@ -61,7 +61,7 @@ class _Calls(ModuleCalls):
     def join(self) -> None:
         """Follow the root's call from inside one of its own hooks, where it is too late for new ones to run."""
         self.attach()
-        self._begin(self.root, ())
+        self._begin(self.root, (), {})
 
 
 class Engine:

@@ -18,7 +18,7 @@ from vdnn import api, trace_cache
 from vdnn.analysis.encoding import planned
 from vdnn.analysis.moments import resolve
 from vdnn.costs import op_times
-from vdnn.errors import UsageError
+from vdnn.errors import CaptureError, UsageError
 from vdnn.experiment.cpu import Cpu, CpuModel, files_of, machine_file, measure_machine, run_model
 from vdnn.experiment.frontier import Frontier, frontier_of
 from vdnn.experiment.spec import Experiment, NodeSweep, Sweep
@@ -123,8 +123,8 @@ def _frontier(frontier: Frontier, model: Model, gpu: str, path: Path) -> Callabl
         try:
             again = {**dict(options), **model_options("checkpoint")}
             blocks: Trace | None = _trace(name, batch, again, frontier.precision, frontier.optimizer)
-        except UsageError:
-            blocks = None  # no repeated blocks
+        except (UsageError, CaptureError):
+            blocks = None  # no repeated blocks, or some that change what they get, as DenseNet's do: a list of features
         numbers = frontier_of(
             trace,
             blocks,

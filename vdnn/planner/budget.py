@@ -12,19 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
-from vdnn.analysis.chains import action_of
-from vdnn.analysis.encoding import encoded, planned
+from vdnn.analysis.blocks import repeated
+from vdnn.analysis.encoding import planned
 from vdnn.analysis.liveness import requested
-from vdnn.analysis.moments import Move, Points, resolve
-from vdnn.analysis.recomputing import recomputed
+from vdnn.analysis.moments import Move, resolve
 from vdnn.costs import times_with
 from vdnn.errors import InfeasibleError, UsageError
 from vdnn.planner.bound import Bound, time_bound
 from vdnn.planner.collecting import without_collecting
+from vdnn.planner.improving import Improving
 from vdnn.planner.search import Found, Search
 from vdnn.policies import Options, decide, recomputed_blocks
-from vdnn.policies.plans import make_plan
 from vdnn.sim import simulate_step
 from vdnn.sim.allocator_step import fits, step_memory
 from vdnn.sim.run import run
@@ -50,9 +50,11 @@ _CANDIDATES = (
     "encode-offload",
     "checkpoint-offload",
 )
-# Ops that may be simulated in local search, and how many starts are looked at with the allocator's model.
-_WORK = 300_000
-_STARTS = 2
+# Ops that may be rewritten and simulated for seeds, to make them fit, and in local search.
+_SEEDING, _FITTING, _IMPROVING = 300_000, 700_000, 1_500_000
+# Starts of local search: of a short step more, until their ops are about as many; half as many that need little memory.
+_STARTS = range(2, 9)
+_STARTING = 2000
 # The least storage that moves, if nothing else fits: below that a copy's latency is all that it takes.
 _SMALL = 1 << 16
 
@@ -124,7 +126,9 @@ def best_plan(
     gave_up = False
     for step in (trace, blocks):
         if step is not None:
-            late, pair = _best_of(step, hardware, budget_bytes, options, seconds)
+            # where blocks run again by plan, the model's own checkpoints are one more policy
+            planned_blocks = step is blocks and all(block.source >= 0 for block in repeated(trace))
+            late, pair = _best_of(step, hardware, budget_bytes, options, seconds, not planned_blocks)
             gave_up = gave_up or late
             if pair is not None:
                 found.append((step, *pair))
@@ -140,9 +144,9 @@ def best_plan(
 
 
 def _best_of(
-    trace: Trace, hardware: Hardware, budget: int, options: Options, seconds: float
+    trace: Trace, hardware: Hardware, budget: int, options: Options, seconds: float, searched: bool
 ) -> tuple[bool, tuple[Plan, RunResult] | None]:
-    """The fastest plan found for one step, if any fits; and whether the solver gave up."""
+    """The fastest plan found for one step, searched for or of the policies; and whether the solver gave up."""
 
     def judged(plan: Plan) -> tuple[Plan, RunResult]:
         return plan, simulate_step(trace, plan, hardware, memory_limit=budget)
@@ -152,7 +156,7 @@ def _best_of(
         return False, none
     search = Search(trace, hardware, options)
     fitting: list[tuple[Plan, RunResult]] = []
-    for plan in _searched(search, budget, seconds):
+    for plan in _searched(search, budget, seconds) if searched else ():
         pair = judged(plan)
         if pair[1].fits:
             fitting.append(pair)
@@ -163,10 +167,10 @@ def _best_of(
             pair = judged(plan)
             if pair[1].fits:
                 fitting.append(pair)
-    if not fitting:
+    if not fitting and searched:
         search = Search(trace, hardware, replace(options, min_bytes=min(options.min_bytes, _SMALL)))
         fitting = [pair for pair in map(judged, _searched(search, budget, seconds)) if pair[1].fits][:1]
-    if not fitting:  # what would be named as the least budget, if that were more
+    if not fitting and searched:  # what would be named as the least budget, if that were more
         fitting = [pair for pair in [judged(least_plan(trace, hardware, options).plan)] if pair[1].fits]
     best = min(fitting, key=lambda pair: (pair[1].iteration_time_ns or 0, pair[0].offloaded_bytes), default=None)
     return search.gave_up > 0, best
@@ -193,32 +197,22 @@ def _searched(search: Search, budget: int, seconds: float) -> Iterator[Plan]:
     """Plans of the search, the best first; the last needs the least memory."""
     room = max(budget - held_bytes(search.trace, search.hardware), 1)
     target = room if search.trace.device == "cpu" else room * 15 // 16
-    seeds = sorted(search.seeds(target, seconds), key=lambda seed: seed.found.rank)
-    fitting = [found for seed in seeds[:_STARTS] if (found := search.refit(seed, budget)) is not None]
-    if not fitting:
-        fitting = [found for seed in seeds[_STARTS:] if (found := search.refit(seed, budget)) is not None][:1]
-    if not fitting:
-        fitting = [found for found in search.least() if search.fits(found, budget)][:1]
-    fitting.sort(key=lambda found: found.rank)
-    if fitting:
-        yield plan_of(search, search.improve(fitting[0], budget, _WORK))
-    for found in fitting:
-        yield plan_of(search, found)
+    count = min(max(_STARTING // max(len(search.trace.ops), 1), _STARTS[0]), _STARTS[-1])
+    fitting = search.starts(list(search.seeds(target, room, seconds, _SEEDING)), budget, count, _FITTING)
+    # what needs little memory has room for changes
+    low = (found for found in sorted(search.least(), key=lambda found: found.rank) if search.fits(found, budget))
+    fitting += islice(low, count // 2)
+    better, left = [], _IMPROVING
+    for found in sorted(fitting, key=lambda found: found.rank):
+        before = search.work
+        better.append(Improving(search).improve(found, budget, left // 2))
+        left -= search.work - before
+    for found in sorted([*better, *fitting], key=lambda found: found.rank):
+        yield _plan(search, found)
 
 
-def plan_of(search: Search, found: Found) -> Plan:
-    """What was found, as a plan."""
-    points = Points(search.trace)
-    actions: dict[int, Offload | Recompute] = dict(found.schedule.actions)
-    for s in found.dropped:
-        actions[s] = action_of(points, search.chains[s], _why_again(search, s))
-    kept = {item.storage: item.why or "the budget does not ask for it" for item in search.saved}
-    return make_plan("budget", search.trace, search.options, actions, kept)
-
-
-def _why_again(search: Search, storage: int) -> str:
-    link = search.movable[storage].nbytes * 10**9 // search.hardware.h2d_bytes_per_s
-    return f"takes {format_ns(search.again_ns[storage])}; fetching it takes {format_ns(link)}"
+def _plan(search: Search, found: Found) -> Plan:
+    return search.choices.plan(found.choice, found.schedule)
 
 
 # -- words -----------------------------------------------------------------------------------------
@@ -270,11 +264,11 @@ def least_plan(trace: Trace, hardware: Hardware, options: Options | None = None)
         Search(trace, hardware, options),
         Search(trace, hardware, replace(options, min_bytes=min(options.min_bytes, _SMALL))),
     ):
-        for one in search.least()[: 2 * _STARTS]:
-            step = search.step(one.dropped)[0].trace
-            tried.append((one.requested_bytes, plan_of(search, one), step, one.schedule.moves))
+        for one in search.least()[:4]:
+            step = search.choices.made(one.choice).step.trace
+            tried.append((one.requested_bytes, _plan(search, one), step, one.schedule.moves))
     for plan in _candidates(trace, hardware, options, hardware.available_bytes):
-        step = encoded(recomputed(trace, plan), plan)
+        step = planned(trace, plan)
         trips = resolve(plan, step)
         tried.append((max(requested(step, trips), default=0), plan, step, trips))
     budget, best = 1 << 62, tried[0][1]

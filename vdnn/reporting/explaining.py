@@ -138,7 +138,8 @@ def advice_table(rows: Sequence[dict[str, Any]], title: str) -> Sheet:
         Column("samples\n[1/s]"),
     )
     notes = (
-        "Memory: of the card, less CUDA's context.",
+        "Memory: of the card, less CUDA's context. How: what is done to feature maps, or blocks: the model's repeated "
+        "blocks run again.",
         "Where nothing fits, `needs` is the least budget known. `costs`: against the same GPU with unlimited memory.",
     )
     return Sheet(title, columns, tuple(cells), notes)

@@ -115,7 +115,8 @@ class Recompute:
     `through` are the module calls that make it, "M#C" in their order, each from what the one before gives; the first
     takes the saved tensor `source`, "M#C/N". Or `block` is the call in which it is saved: the block runs once more
     from its input `source`, as far as it takes, and makes everything that the plan drops in it, with the random
-    numbers it had. Without either it is made by whichever ops made it, which the simulator does and the engine not.
+    numbers it had; "" as the source of a block means that its input stays on the device for it. Without either it is
+    made by whichever ops made it, which the simulator does and the engine not.
     """
 
     why: str = ""
@@ -261,7 +262,7 @@ class Plan:
                 _check_code(entry, entry.action)
             if isinstance(entry.action, Recompute):
                 again = entry.action
-                if bool(again.through or again.block) is not bool(again.source):
+                if bool(again.through) is not bool(again.source) and not again.block:
                     raise FormatError(f"{entry.saved[0]}: `through` and `source` say together how it is computed again")
                 if again.through and again.block:
                     raise FormatError(
