@@ -187,16 +187,15 @@ class _Program:
         both = hardware.duplex_bytes_per_s * self.ns / self.byte / 1e9
         sums = [self._recurrence(part) for part in (packed, gone, needed, absent)]
         first = min((piece.need for piece in items), default=0)
-        spent = [self._column(0, None if p >= first else 0) for p in at]
-        for k, due in enumerate(self._recurrence(costs)):
-            if due:
-                self._row([*due, (spent[k], -1)], 0)
+        ran = [self._column(0, None if p >= first else 0) for p in at]  # W_k - W_(k-1)
+        early = [self._column(0, None) for _ in at]  # what of it is not needed yet
+        for k, due in enumerate(costs):
+            before = [(early[k - 1], 1.0)] if k else []
+            self._row([*before, (ran[k], 1), (early[k], -1), *_minus(due)], 0, equal=True)
         for k in range(last + 1):
             if k:
                 step = [(time[k - 1], 1.0), (time[k], -1.0)]
-                again_here = [(spent[k], 1.0), (spent[k - 1], -1.0)]
-                self._row([*step, *again_here, *made[k]], -(work[at[k]] - work[at[k - 1]]) / self.ns)
-                self._row(_minus(again_here), 0)
+                self._row([*step, (ran[k], 1), *made[k]], -(work[at[k]] - work[at[k - 1]]) / self.ns)
                 went, came = [(sent[k], 1.0), (sent[k - 1], -1.0)], [(back[k], 1.0), (back[k - 1], -1.0)]
                 self._row([*went, *((c, v * rates[0]) for c, v in step)], 0)
                 self._row([*came, *((c, v * rates[1]) for c, v in step)], 0)

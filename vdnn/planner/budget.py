@@ -50,8 +50,9 @@ _CANDIDATES = (
     "encode-offload",
     "checkpoint-offload",
 )
-# Ops that may be rewritten and simulated for seeds, to make them fit, and in local search.
-_SEEDING, _FITTING, _IMPROVING = 300_000, 700_000, 1_500_000
+# Ops that may be rewritten and simulated for seeds, to make them fit, and in local search; of a long step fewer, whose
+# programs take longer.
+_SEEDING, _FITTING, _IMPROVING = 250_000, (500_000, 700_000), (800_000, 1_500_000)
 # Starts of local search: of a short step more, until their ops are about as many; half as many that need little memory.
 _STARTS = range(2, 9)
 _STARTING = 2000
@@ -197,15 +198,16 @@ def _searched(search: Search, budget: int, seconds: float) -> Iterator[Plan]:
     """Plans of the search, the best first; the last needs the least memory."""
     room = max(budget - held_bytes(search.trace, search.hardware), 1)
     target = room if search.trace.device == "cpu" else room * 15 // 16
+    short = len(search.trace.ops) < _STARTING // _STARTS[0]
     count = min(max(_STARTING // max(len(search.trace.ops), 1), _STARTS[0]), _STARTS[-1])
-    fitting = search.starts(list(search.seeds(target, room, seconds, _SEEDING)), budget, count, _FITTING)
-    # what needs little memory has room for changes
-    low = (found for found in sorted(search.least(), key=lambda found: found.rank) if search.fits(found, budget))
-    fitting += islice(low, count // 2)
-    better, left = [], _IMPROVING
-    for found in sorted(fitting, key=lambda found: found.rank):
+    fitting = search.starts(list(search.seeds(target, room, seconds, _SEEDING)), budget, count, _FITTING[short])
+    if short or not fitting:  # what needs little memory has room for changes
+        low = (found for found in sorted(search.least(), key=lambda found: found.rank) if search.fits(found, budget))
+        fitting += islice(low, count // 2)
+    better, left = [], _IMPROVING[short]
+    for place, found in enumerate(sorted(fitting, key=lambda found: found.rank), 1):
         before = search.work
-        better.append(Improving(search).improve(found, budget, left // 2))
+        better.append(Improving(search).improve(found, budget, left // 2 if place < len(fitting) else left))
         left -= search.work - before
     for found in sorted([*better, *fitting], key=lambda found: found.rank):
         yield _plan(search, found)

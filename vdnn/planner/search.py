@@ -38,7 +38,7 @@ _TOLD = (
 )  # fmt: skip
 # Bytes that may come to life at once when a run of feature maps is computed again, in 2^-n-ths of all that is movable.
 _RUNS = (40, 5, 3, 0)
-_LEAST_TOLD = 4  # programs that are solved in any case
+_LEAST_TOLD = 3  # programs that are solved in any case
 _BREAKPOINTS = 450  # of a seed's program: coarser than the bound's
 _REFITS = 4
 _SMALL = 1000  # ops of a step of which more starts can be tried
@@ -262,13 +262,18 @@ class Search:
         one that fits is enough, found by bisection.
         """
         limit = self.work + work
-        step = budget >> (6 if len(self.trace.ops) < _SMALL else 5)
+        step = budget >> (6 if len(self.trace.ops) < _SMALL else 4)
         queue = [(*seed.found.rank, number, seed.found) for number, seed in enumerate(seeds)]
         heapify(queue)
         fitting: list[Found] = []
         while queue and len(fitting) < count and self.work < limit:
             *_, number, found = heappop(queue)
             if self.fits(found, budget):
+                for part in (2, 4):
+                    between = self.fill(found.choice, seeds[number].shares, found.target_bytes + step // part)
+                    if between.rank < found.rank and self.fits(between, budget):
+                        found = between
+                        break
                 fitting.append(found)
                 continue
             lower = self.fill(found.choice, seeds[number].shares, found.target_bytes - step)
