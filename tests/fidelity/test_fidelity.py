@@ -178,6 +178,12 @@ def test_feature_maps_of_training_rows_are_resized_in_the_dtype_they_come_in_as_
     assert resizes() == {"float32"}
 
 
+def test_norms_of_forward_rows_run_in_the_dtype_of_autocast_as_timm_s_benchmark_had_them(tmp_path: Path) -> None:
+    trace = Captures(tmp_path).make(StepRow("infer", "rtx3090", "test_convnext", 2, 64, 1))
+    assert trace is not None
+    assert {op.dtype for op in trace.ops if op.kernel == "norm"} == {"float16"}
+
+
 # -- fitting -------------------------------------------------------------------------------------
 
 

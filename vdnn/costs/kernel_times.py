@@ -353,17 +353,12 @@ def stream_ns(shapes: Sequence[StreamShape], machine: Machine, c: CostNumbers) -
     read, written, run, *_ = _floats(rest)
     fraction = np.full(len(shapes), c.stream)
     for kind in sorted(set(kinds.tolist())):
-        fraction[kinds == kind] *= _fraction(c, kind)
+        fraction[kinds == kind] *= float(getattr(c, kind, 1.0))
     for kernel in {e.kernel for e in machine.hardware.efficiencies}:
         fraction = np.where(kernels == kernel, machine.measured(kernel, 1.0, 1.0)[1], fraction)
     # DRAM and L2 move 32 bytes at least; in pieces shorter than that most of what is moved is not used
     fraction = fraction * np.maximum(run, 1) / (np.maximum(run, 1) + c.short_run_bytes)
     return (read + written) / (machine.dram * fraction) + machine.start_ns
-
-
-def _fraction(c: CostNumbers, kind: str) -> float:
-    """Norms of a forward alone in low precision are captured in fp32, with twice the bytes of timm's fast norm."""
-    return 2 * c.layer_norm if kind == "layer_norm_low" else float(getattr(c, kind, 1.0))
 
 
 # Formula, and the field of `Shapes` that it prices, in the order in which ops name families.

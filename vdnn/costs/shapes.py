@@ -102,19 +102,18 @@ PRODUCT, CONVOLUTION, ATTENTION, STREAM = range(4)
 def shapes_of(trace: Trace, shapes: Shapes) -> list[tuple[Part, ...]]:
     """For each op the shapes it is made of, which are added to `shapes`; () for an op that runs no kernel."""
     nhwc = trace.channels_last
-    low = trace.precision != "fp32" and trace.recipe.step == "inference"
     known: dict[tuple[object, ...], tuple[Part, ...]] = {}
     found = []
     for op in trace.ops:
         key = (op.name, op.kernel, op.dtype, op.dims, op.phase, op.flops, op.read_bytes, op.written_bytes)
         parts = known.get(key)
         if parts is None:
-            parts = known[key] = tuple(_parts(op, nhwc, low, shapes))
+            parts = known[key] = tuple(_parts(op, nhwc, shapes))
         found.append(parts)
     return found
 
 
-def _parts(op: Op, nhwc: bool, low: bool, shapes: Shapes) -> Iterable[Part]:
+def _parts(op: Op, nhwc: bool, shapes: Shapes) -> Iterable[Part]:
     if op.kernel == "view":
         return
     if op.kernel == "conv" and len(op.dims) >= 7:
@@ -134,7 +133,7 @@ def _parts(op: Op, nhwc: bool, low: bool, shapes: Shapes) -> Iterable[Part]:
         product = ProductShape(op.kernel, op.dtype, *dims, op.read_bytes + op.written_bytes)
         yield PRODUCT, shapes.products.setdefault(product, len(shapes.products))
         return
-    stream = _stream(op, low)
+    stream = _stream(op)
     yield STREAM, shapes.streams.setdefault(stream, len(shapes.streams))
 
 
@@ -164,17 +163,15 @@ def _convolutions(op: Op, nhwc: bool) -> Iterable[ConvShape]:
         yield ConvShape(op.dtype, "weight", *sizes, biased, nhwc)
 
 
-def _stream(op: Op, low: bool) -> StreamShape:
+def _stream(op: Op) -> StreamShape:
     item = ITEM_BYTES.get(op.dtype, 4)
     dims = (*op.dims, 0, 0, 0)
     kind = kind_of(op)
-    if kind == "layer_norm" and low:
-        kind = "layer_norm_low"
     run, broadcast, row = 1 << 30, False, 0
     if kind == "elementwise" and len(op.dims) == 3:
         broadcast = dims[2] > 0
         run = dims[1] * item if dims[1] < dims[0] else 1 << 30  # all in one piece
-    elif kind in ("softmax", "layer_norm", "layer_norm_low", "layer_norm_backward"):
+    elif kind in ("softmax", "layer_norm", "layer_norm_backward"):
         row = dims[1] * item
     return StreamShape(op.kernel, kind, op.read_bytes, op.written_bytes, run, broadcast, row)
 

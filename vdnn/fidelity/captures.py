@@ -11,6 +11,7 @@ import contextlib
 import functools
 import gzip
 import hashlib
+import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ class Captures:
             return found
         try:
             work = api.load(f"timm:{row.model}", row.batch, image_size=row.image_size)
-            with _resized_as_given() if row.kind == "train" else contextlib.nullcontext():
+            with _resized_as_given() if row.kind == "train" else _fast_norm():
                 trace = api.capture(work, **OPTIONS[row.kind])
         except (VdnnError, TypeError, RuntimeError) as error:
             self._failed(row).parent.mkdir(parents=True, exist_ok=True)
@@ -125,6 +126,18 @@ def _resized_as_given() -> Iterator[None]:
 
     with mock.patch.object(functional, "interpolate", as_given):
         yield
+
+
+@contextlib.contextmanager
+def _fast_norm() -> Iterator[None]:
+    """timm's norms run in the dtype of autocast, as in its benchmark of forwards, instead of in fp32 with casts."""
+    layers: Any = importlib.import_module("timm.layers")
+    before = layers.is_fast_norm()
+    layers.set_fast_norm(True)
+    try:
+        yield
+    finally:
+        layers.set_fast_norm(before)
 
 
 @functools.cache
