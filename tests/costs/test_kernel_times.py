@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from vdnn.analysis.synthetic import conv_chain
 from vdnn.costs import fitted, host_times, op_times
+from vdnn.costs.kernel_times import Machine, convolution_ns
 from vdnn.costs.numbers import CostNumbers, read_fitted
-from vdnn.costs.shapes import Shapes, shapes_of
+from vdnn.costs.shapes import ConvShape, Shapes, shapes_of
 from vdnn.errors import FormatError
 from vdnn.values import Efficiency, Hardware, Op, Peak, Trace, hardware, preset_ids
 
@@ -306,3 +307,17 @@ def test_a_damaged_file_of_numbers_is_refused(old, new):
     read_fitted(text, "whole")
     with pytest.raises(FormatError):
         read_fitted(text.replace(old, new, 1), "damaged")
+
+
+@pytest.mark.parametrize("gpu", preset_ids())
+def test_a_weight_s_gradient_runs_at_half_the_rate_of_the_cores_at_least_where_its_sum_is_long(gpu: str) -> None:
+    """VGG's layers, whose gradients have few channels and millions of pixels: kernels split that sum.
+
+    Nobody has measured these in fp32 for the fit, where a formula for another kernel made them five times too long.
+    """
+    numbers = fitted().numbers
+    machine = Machine.of(hardware(gpu), numbers)
+    for channels, pixels in ((64, 224**2), (128, 112**2), (256, 56**2), (512, 28**2)):
+        sizes = (128, channels, channels, 1, pixels, 9, pixels, False, False)
+        (weight,) = convolution_ns([ConvShape("float32", "weight", *sizes)], machine, numbers)
+        assert 2 * 128 * channels * channels * pixels * 9 / weight > machine.cores / 2

@@ -38,6 +38,7 @@ F = npt.NDArray[np.float64]
 TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64), (128, 32), (64, 32), (32, 64))
 LOW = ("float16", "bfloat16")
 BLOCKS_OF_A_MULTIPROCESSOR = 6  # 1536 threads in blocks of 256
+SPLIT_WAVES = 4  # of weights' gradients in fp32, which no row is about: so that the last parts leave few idle
 CHANNELS_OF_TENSOR_CORES = 8  # fp16 kernels read 16 bytes at once
 
 
@@ -137,13 +138,15 @@ def tiled_ns(
 
     I = tm·tn/(tm + tn) is the tile's arithmetic for each element it loads. Where tiles are fewer than multiprocessors
     and kernels can do that (`split`), k is split into `parts`. Tiles have these rows and columns or more. Kernels of
-    which a multiprocessor runs `others` + 1 tiles at once have no waves, but take as long as all of them at least.
+    which a multiprocessor runs `others` + 1 tiles at once have no waves, but take as long as all of them at least; in
+    them k is split until multiprocessors are full `SPLIT_WAVES` times over.
     """
     best: F | None = None
+    full = sms if others is None else SPLIT_WAVES * (others + 1) * sms
     for tm, tn in (tile for tile in TILES if tile[0] >= rows and tile[1] >= columns):
         intensity = tm * tn / (tm + tn)
         tiles = np.ceil(m / tm) * np.ceil(n / tn) * batch
-        parts = np.where(split, np.maximum(1.0, np.minimum(np.floor(sms / tiles), np.floor(k / 128))), 1.0)
+        parts = np.where(split, np.maximum(1.0, np.minimum(np.floor(full / tiles), np.floor(k / 128))), 1.0)
         waves = np.ceil(tiles * parts / sms) if others is None else np.maximum(tiles * parts / sms, 1.0) + others
         each = 2.0 * tm * tn * (k / parts + start_k) / (rate / sms * fraction * intensity / (intensity + half))
         best = waves * each if best is None else np.minimum(best, waves * each)
