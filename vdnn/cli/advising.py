@@ -63,7 +63,7 @@ def advise(
             blocks = trace_of(model, batch, precision, optimizer, options, no_cache=no_cache, policy="checkpoint")
         except UsageError:
             blocks = None  # the model has no repeated blocks
-    with busy(f"planning {model} for {len(machines)} GPUs"):
+    with busy(f"planning {model} for {len(machines)} GPUs", told=True):
         found = advices(trace, blocks, machines)
     own = [field.name for field in fields(Advice) if field.name not in ("result", "without")]
     rows: list[dict[str, Any]] = [

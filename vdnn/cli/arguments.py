@@ -303,12 +303,14 @@ def show(report: Any, width: int = 100) -> None:
 
 
 @contextlib.contextmanager
-def busy(what: str) -> Iterator[None]:
-    """On a terminal, a line that moves while something of unknown length goes on."""
+def busy(what: str, *, told: bool = False) -> Iterator[None]:
+    """On a terminal, a line that moves while something of unknown length goes on; elsewhere one on stderr if `told`."""
     from rich.console import Console
 
     console = Console(stderr=True)
     if not console.is_terminal:
+        if told:
+            typer.echo(f"vdnn: {what}", err=True)
         yield
         return
     with console.status(f"{what} …"):

@@ -310,7 +310,8 @@ def max_batch(
     traces: dict[Any, Trace] = {}
     left_out = LeftOut(chosen)
     for name in sorted(chosen or (*distinct(names(), Options()), BUDGET), key=lambda name: name != "none"):
-        with left_out.unless_it_can_be(name), busy(f"looking for the largest batch of {model} under {name}"):
+        search = f"looking for the largest batch of {model} under {name}"
+        with left_out.unless_it_can_be(name), busy(search, told=True):
             best, _ = api.max_batch(
                 model, gpu, name, memory=memory or None, precision=precision, optimizer=optimizer,
                 model_options=model_options(options), traces=traces, rules=rules,

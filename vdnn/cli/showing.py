@@ -51,7 +51,9 @@ def _shown(value: object) -> tuple[Any, dict[str, Any]]:
     raise unknown_name("kind of value", type(value).__name__, ("trace", "plan", "result", "hardware"))
 
 
-def list_names(what: Annotated[str, typer.Argument(help="models, gpus or policies.")], as_json: Json = False) -> None:
+def list_names(
+    what: Annotated[str, typer.Argument(metavar="models|gpus|policies", help="What to list.")], as_json: Json = False
+) -> None:
     """Show what there is.
 
     Example: vdnn list gpus
