@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +26,7 @@ class Residual(nn.Module):
         super().__init__()
         self.one, self.norm, self.act = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(True)
         self.drop, self.two = nn.Dropout(0.3), nn.Conv2d(width, width, 1)
-        self.way, self.runs = "", list[int]()  # what is in a list is not put back when a block runs again
+        self.way, self.runs = "", deque[int]()  # a list would be put back when a block runs again
 
     def forward(self, x: torch.Tensor, scale: float = 1.0, *, shift: torch.Tensor | None = None) -> torch.Tensor:
         if self.way == "changes":

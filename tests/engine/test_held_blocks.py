@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -102,3 +104,93 @@ def test_a_plan_that_names_a_source_where_there_is_none_is_refused() -> None:
     )
     with pytest.raises(PlanMismatchError, match="does not start from"):
         vdnn.simulate(trace, replace(plan, entries=entries), hardware="rtx4090")
+
+
+class Odd(nn.Module):
+    """Blocks that are given, or keep, more than one tensor, and change it: each in a way of its own."""
+
+    class Block(Layer):
+        def __init__(self, way: str) -> None:
+            super().__init__()
+            self.way, self.scale, self.seen = way, torch.ones(16), [torch.ones(16)]
+            self.losses: list[torch.Tensor] = []
+
+        def forward(self, x: Any) -> Any:
+            if self.way == "a dict is given another tensor":
+                x["x"] = super().forward(x["x"])
+                return x
+            if self.way == "a list is given another tensor":
+                x[0] = super().forward(x[0])
+                return x[0]
+            if self.way == "python's random numbers":
+                return super().forward(x * random.random())
+            y = super().forward(x * self.scale * self.seen[0])
+            if self.way == "a state of its own":
+                self.scale = y.detach().mean(0)
+            if self.way == "a state in a list":
+                self.seen[0] = y.detach().mean(0)
+            if self.way == "losses in a list":
+                self.losses.append(y.square().mean())
+            return y
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.stem = way, nn.Linear(16, 16)
+        self.blocks = nn.ModuleList([self.Block(way) for _ in range(2)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.stem(x)
+        for number in range(2):
+            for block in self.blocks:
+                if self.way == "a mask from outside":
+                    block.scale = torch.full((16,), number + 0.5)
+                if self.way == "a dict is given another tensor":
+                    y = block({"x": y})["x"]
+                else:
+                    y = block([y] if self.way == "a list is given another tensor" else y)
+        losses = [loss for block in self.blocks for loss in block.losses]
+        for block in self.blocks:
+            block.losses.clear()
+        return y + torch.stack(losses).sum() if losses else y
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        "a dict is given another tensor",
+        "a list is given another tensor",
+        "python's random numbers",
+        "a state of its own",
+        "a state in a list",
+        "losses in a list",
+        "a mask from outside",
+    ],
+)
+def test_a_block_runs_again_with_what_it_was_given_and_had(way: str) -> None:
+    outcomes = []
+    for ours in (False, True):
+        torch.manual_seed(0)
+        model, x = Odd(way), torch.randn(32, 16)
+        if ours:
+            torch.manual_seed(0)
+            plan = decide("recompute-blocks", vdnn.capture(Odd(way), x, device="cpu"), GPU, EVERYTHING)
+            assert len(again(plan)) >= 8
+            vdnn.wrap(model, plan=plan, device=VirtualDevice(seed=3))
+        random.seed(0)
+        outcomes.append(trained(model, x, 3))
+        outcomes[-1].append(torch.tensor(random.random()))
+        if ours:
+            given = [text for text in vdnn.report(model).mismatches if "changes its input" in text]
+            assert bool(given) == ("is given" in way)
+    assert same(*outcomes)
+
+
+def test_a_tensor_of_a_block_that_was_changed_in_place_since_is_an_error() -> None:
+    torch.manual_seed(0)
+    model, x = Odd("plain"), torch.randn(32, 16)
+    plan = decide("recompute-blocks", vdnn.capture(model, x, device="cpu"), GPU, EVERYTHING)
+    vdnn.wrap(model, plan=plan, device=VirtualDevice())
+    loss = model(x).sum()
+    model.blocks[1].seen[0].add_(1)
+    with pytest.raises(RuntimeError, match=r"tensor seen .* is at version 1"):
+        loss.backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -342,7 +343,7 @@ class Fragile(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.mood = [""]  # in a list: numbers and texts are what they were, when a module runs again
+        self.mood = deque([""])  # a list, too, is what it was when a module runs again
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.mood[0] == "fails":

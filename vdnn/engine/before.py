@@ -1,8 +1,8 @@
 """`Before`: what a module's output may depend on beside its input and its weights, as it was when its call began.
 
     before = Before(module)     when the call begins
-    before.changed()            when it is over: a buffer that it changed, in words; "" if there is none
-    with before.attributes():   each module inside has the numbers and texts that it had then
+    before.changed()            when it is over: a buffer or tensor that it changed, in words; "" if there is none
+    with before.attributes():   each module inside has the numbers, texts, tensors and lists of them that it had then
 
 A module that runs again is on copies of its buffers as they are then. Where its own call changes them and its output
 depends on them (the vectors of `spectral_norm`, a moving mean that is subtracted), it would give something else.
@@ -22,6 +22,8 @@ from torch.nn.modules.batchnorm import _NormBase
 __all__ = ["Before", "buffers_read"]
 
 _PLAIN = (int, float, bool, str, type(None))
+_SEVERAL = (list, dict, set)  # what is in one of these is put back, too; what those in turn hold is not
+_OF_TORCH = frozenset(nn.Module().__dict__) - {"training"}
 _Buffers = dict[str, tuple[torch.Tensor, int]]
 
 
@@ -35,9 +37,9 @@ def buffers_read(module: nn.Module) -> _Buffers:
 
 
 class Before:
-    """A module's buffers and plain attributes, and those of all modules inside it."""
+    """A module's buffers and attributes, and those of all modules inside it."""
 
-    __slots__ = ("_attributes", "_buffers")
+    __slots__ = ("_attributes", "_buffers", "_tensors")
 
     def __init__(self, module: nn.Module) -> None:
         self._buffers: list[tuple[nn.Module, _Buffers]] = []
@@ -46,29 +48,69 @@ class Before:
             if part._buffers:
                 self._buffers.append((part, buffers_read(part)))
             if not type(part).__module__.startswith("torch.nn.modules."):
-                plain = {name: value for name, value in part.__dict__.items() if type(value) in _PLAIN}
-                self._attributes.append((part, frozenset(part.__dict__), plain))
+                had = {name: _copy(value) for name, value in part.__dict__.items() if _put_back(name, value)}
+                self._attributes.append((part, frozenset(part.__dict__), had))
+        self._tensors = [
+            (name, type(part).__name__, tensor, _version(tensor))
+            for part, _, had in self._attributes
+            for name, value in had.items()
+            for tensor in _tensors_in(value)
+        ]
 
     def changed(self) -> str:
-        """The first buffer that is another one now, or was changed in place."""
+        """The first buffer that is another one now, or was changed in place; or a tensor that was changed in place.
+
+        A tensor that is another one now was let go of by the module, not by this: it is put back when it runs again.
+        """
         for part, buffers in self._buffers:
             for name, (buffer, version) in buffers.items():
                 if part._buffers.get(name) is not buffer or buffer._version != version:
                     return f"the buffer {name} of a {type(part).__name__}"
+        for name, of, tensor, version in self._tensors:
+            if _version(tensor) != version:
+                return f"the tensor {name} of a {of}"
         return ""
 
     @contextlib.contextmanager
     def attributes(self) -> Iterator[None]:
-        """Numbers and texts as they were inside, and all attributes as they are now after that."""
+        """Attributes as they were inside, and as they are now after that.
+
+        Raises:
+            RuntimeError: one of the tensors was changed in place since.
+        """
+        for name, of, tensor, version in self._tensors:
+            if _version(tensor) != version:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                    f"the tensor {name} {[*tensor.shape]} of a {of} that runs again is at version {tensor._version}; "
+                    f"expected version {version} instead"
+                )
         now = [dict(part.__dict__) for part, _, _ in self._attributes]
         try:
-            for part, names, plain in self._attributes:
+            for part, names, had in self._attributes:
                 for name in part.__dict__.keys() - names:
                     del part.__dict__[name]
-                part.__dict__.update(plain)
+                part.__dict__.update({name: _copy(value) for name, value in had.items()})
             yield
         finally:
             for (part, _, _), then in zip(self._attributes, now, strict=True):
                 for name in part.__dict__.keys() - then.keys():
                     del part.__dict__[name]
                 part.__dict__.update(then)
+
+
+def _put_back(name: str, value: Any) -> bool:
+    return name not in _OF_TORCH and (type(value) in (*_PLAIN, *_SEVERAL) or isinstance(value, torch.Tensor))
+
+
+def _copy(value: Any) -> Any:
+    return value.copy() if type(value) in _SEVERAL else value
+
+
+def _tensors_in(value: Any) -> list[torch.Tensor]:
+    inside = value.values() if type(value) is dict else value if type(value) in _SEVERAL else (value,)
+    return [one for one in inside if isinstance(one, torch.Tensor)]
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

@@ -15,6 +15,7 @@ autocast and random numbers those of forward.
 from __future__ import annotations
 
 import contextlib
+import random
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from vdnn.calls import Frame, Hook
 from vdnn.engine.before import Before
@@ -31,6 +32,7 @@ from vdnn.engine.recomputed import Layout, RecomputedStorage, Rerun
 
 __all__ = ["BlockRun", "BlockStorage"]
 
+_PLAIN = (int, float, bool, str)
 _Key = tuple[int, int, int]  # id of the module, call of it in the block, number of the pack in that call
 
 
@@ -95,7 +97,7 @@ class BlockRun:
         self.broken = ""
         self._holds = holds
         self.over = False
-        self._began = _versions((frame.args, frame.kwargs))
+        self._began = _Given(frame)
         self._before = Before(frame.module)
         self._base: dict[int, int] = {}  # first call of each module in the block
         self._storages: dict[int, weakref.ref[BlockStorage]] = {}  # by plan entry
@@ -157,7 +159,7 @@ class BlockRun:
             return f"a {name} does not take its input as its first argument"
         if not any(isinstance(t, torch.Tensor) for t in tree_leaves((args, kwargs))):
             return f"a {name} takes no tensor that it can be seen to take"
-        if _versions((args, kwargs)) != self._began:
+        if not self._began.is_given(args, kwargs):
             return f"a {name} changes its input"
         changed = self._before.changed()
         if changed:
@@ -233,8 +235,44 @@ class _Held:
         return tensor
 
 
-def _versions(args: Any) -> list[int]:
-    return [leaf._version for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+class _Given:
+    """What a block is called with, so that it is known whether the block left it as it was: a list may be filled."""
+
+    __slots__ = ("_form", "_leaves")
+
+    def __init__(self, frame: Frame) -> None:
+        leaves, self._form = tree_flatten((frame.args, frame.kwargs))
+        self._leaves = [_Leaf(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+
+    def is_given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether these are the same tensors, unchanged, and the same other things, at the same places."""
+        leaves, form = tree_flatten((args, kwargs))
+        return bool(form == self._form) and all(
+            known.is_of(leaf) if isinstance(known, _Leaf) else known is leaf or (type(leaf) in _PLAIN and known == leaf)
+            for known, leaf in zip(self._leaves, leaves, strict=True)
+        )
+
+
+class _Leaf:
+    """A tensor that a block is called with; it is not held."""
+
+    __slots__ = ("_tensor", "_version")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = weakref.ref(tensor)
+        self._version = tensor._version
+
+    def is_of(self, other: Any) -> bool:
+        """Whether this is the tensor as it was. A hook on the module's backward gives it an alias of it."""
+        tensor = self._tensor()
+        if tensor is None or not isinstance(other, torch.Tensor) or other._version != self._version:
+            return False
+        if tensor is other:
+            return True
+        if not (is_plain(tensor) and is_plain(other)):
+            return False
+        one, two = Layout(tensor), Layout(other)
+        return one.same_form(two) and one.holds(two)
 
 
 def _kept(value: Any) -> Any:
@@ -295,13 +333,14 @@ def _cuda_of(frame: Frame) -> torch.device | None:
     return next((tensor.device for tensor in tensors if tensor.is_cuda), None)
 
 
-def _generators(place: torch.device | None) -> list[torch.Tensor]:
-    """The states of the random generators that a block may draw from."""
-    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(place)] if place is not None else [])
+def _generators(place: torch.device | None) -> list[Any]:
+    """The states of the random generators that a block may draw from, Python's own among them."""
+    ours = [random.getstate(), torch.get_rng_state()]
+    return ours + ([torch.cuda.get_rng_state(place)] if place is not None else [])
 
 
 @contextlib.contextmanager
-def _random_as(states: list[torch.Tensor], place: torch.device | None) -> Iterator[None]:
+def _random_as(states: list[Any], place: torch.device | None) -> Iterator[None]:
     """The random generators in these states inside, and as they were after."""
     now = _generators(place)
     _set_generators(states, place)
@@ -311,7 +350,8 @@ def _random_as(states: list[torch.Tensor], place: torch.device | None) -> Iterat
         _set_generators(now, place)
 
 
-def _set_generators(states: list[torch.Tensor], place: torch.device | None) -> None:
-    torch.set_rng_state(states[0])
+def _set_generators(states: list[Any], place: torch.device | None) -> None:
+    random.setstate(states[0])
+    torch.set_rng_state(states[1])
     if place is not None:
-        torch.cuda.set_rng_state(states[1], place)
+        torch.cuda.set_rng_state(states[2], place)
