@@ -114,21 +114,79 @@ class _Other(nn.Module):
         return y * y
 
 
+def _of(block: nn.Module, engine: ModuleType | None, other: Any = None) -> tuple[_Net, torch.Tensor, torch.Tensor]:
+    """The network with a block like `_Other`, its loss and its input."""
+    x, other = torch.linspace(-1, 1, 16).requires_grad_(), torch.arange(16.0) if other is None else other
+    model = _Net(lambda x, other: x, lambda y, other: None)
+    model.block = block  # type: ignore[assignment]
+    if engine is not None:
+        names = [SavedName("block", 0, n, "float32", 1, 64) for n in range(3)]
+        entry = Entry(tuple(names[1:]), 64, Recompute("", (), str(names[0]), "block#0"))
+        plan = Plan("by hand", "a block", 1, "cpu", "", None, (entry,))
+        engine.wrap_model(model, engine.VirtualDevice(), lambda *_: engine.Schedule(plan))
+    loss = model(x, other)
+    if engine is not None:
+        engine.unwrap_model(model)
+    return model, loss, x
+
+
 @scenario
 def another_tensor_that_a_block_takes_is_changed_after(engine: ModuleType) -> None:
-    def change(y: torch.Tensor, other: torch.Tensor) -> None:
-        other.add_(1)
-
-    x, other = torch.linspace(-1, 1, 16).requires_grad_(), torch.arange(16.0)
-    model = _Net(lambda x, other: x, change)
-    model.block = _Other()  # type: ignore[assignment]
-    names = [SavedName("block", 0, n, "float32", 1, 64) for n in range(3)]
-    entry = Entry(tuple(names[1:]), 64, Recompute("", (), str(names[0]), "block#0"))
-    plan = Plan("by hand", "a block", 1, "cpu", "", None, (entry,))
-    engine.wrap_model(model, engine.VirtualDevice(), lambda *_: engine.Schedule(plan))
-    loss = model(x, other)
-    engine.unwrap_model(model)
+    other = torch.arange(16.0)
+    _, loss, x = _of(_Other(), engine, other)
+    other.add_(1)
     with must_raise(RuntimeError, "that a block takes"):
+        torch.autograd.grad(loss, x)
+
+
+class _Filling(nn.Module):
+    """A block that puts another tensor, of the same form, into the list that it is given."""
+
+    def forward(self, x: torch.Tensor, given: list[torch.Tensor]) -> torch.Tensor:
+        y = nn.functional.elu(x) + given[0]
+        given[0] = given[0] + 1
+        return y * y
+
+
+@scenario
+def a_block_fills_a_list_that_it_is_given(engine: ModuleType) -> None:
+    found = []
+    for ours in (engine, None):
+        other = torch.arange(16.0)
+        _, loss, x = _of(_Filling(), ours, [other])
+        found += torch.autograd.grad(loss, x)
+        del other
+    expect(torch.equal(*found), "wrong gradients")
+
+
+class _Stateful(nn.Module):
+    """A block that adds a tensor of its own, which is no buffer, and may change it in place."""
+
+    def __init__(self, changes: bool) -> None:
+        super().__init__()
+        self.changes, self.state = changes, torch.arange(16.0)
+
+    def forward(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        y = nn.functional.elu(x) + self.state
+        if self.changes:
+            self.state.add_(1)
+        return y * y
+
+
+@scenario
+def a_block_changes_a_tensor_of_its_own(engine: ModuleType) -> None:
+    found = []
+    for ours in (engine, None):
+        _, loss, x = _of(_Stateful(True), ours)
+        found += torch.autograd.grad(loss, x)
+    expect(torch.equal(*found), "wrong gradients")
+
+
+@scenario
+def a_tensor_of_a_block_is_changed_after(engine: ModuleType) -> None:
+    model, loss, x = _of(_Stateful(False), engine)
+    model.block.state.add_(1)  # type: ignore[operator, union-attr]
+    with must_raise(RuntimeError, "the tensor state"):
         torch.autograd.grad(loss, x)
 
 
