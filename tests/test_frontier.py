@@ -80,6 +80,21 @@ def test_the_page_says_by_how_much_activations_shrink_and_what_gaps_are_made_of(
     assert ["cnn", "(256)", "t4", "60", "%", "38", "5", "10", "2", "20"] in rows
 
 
+def test_one_network_of_two_sources_has_two_rows(run: tuple[Path, dict[str, object], str], tmp_path: Path) -> None:
+    """GoogLeNet of the paper and torchvision's shared a row: the later one was shown."""
+    path, data, _ = run
+    (tmp_path / "runs").mkdir()
+    text = SMALL.replace("demo:cnn", "paper:vgg16").replace(" }]", ' }, { model = "torchvision:vgg16", batch = 256 }]')
+    for name in (path.name.replace("demo-cnn", source) for source in ("paper-vgg16", "torchvision-vgg16")):
+        (tmp_path / "runs" / name).write_text(json.dumps(data))
+    file = tmp_path / "small.toml"
+    file.write_text(text)
+    write_page(read_experiment(file), tmp_path)
+    page = (tmp_path / "README.md").read_text()
+    assert "paper:vgg16 (256)" in page
+    assert "torchvision:vgg16 (256)" in page
+
+
 def test_percents_beyond_a_hundred_are_none(tmp_path: Path) -> None:
     file = tmp_path / "small.toml"
     file.write_text(SMALL.replace("[60, 5]", "[60, 105]"))

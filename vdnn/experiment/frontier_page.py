@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -38,11 +39,14 @@ def draw_frontier(frontier: Frontier, folder: Path) -> list[str]:
 
     data: dict[tuple[str, str], Any] = {}
     missing = 0
+    names = Counter((model.partition(":")[2], batch) for model, batch, _ in frontier.models)
     for model, batch, _ in frontier.models:
+        name = model.partition(":")[2]
+        name = model if names[name, batch] > 1 else name  # one network of two sources
         for gpu in frontier.gpus:
             path = frontier_file(folder, frontier, model, batch, gpu)
             if path.exists():
-                data[f"{model.partition(':')[2]} ({batch})", gpu] = json.loads(path.read_text())
+                data[f"{name} ({batch})", gpu] = json.loads(path.read_text())
             else:
                 missing += 1
     lines = [f"## {frontier.title}", "", *([frontier.text.strip(), ""] if frontier.text.strip() else [])]
