@@ -107,7 +107,9 @@ class ModuleCalls:
         self._handles.clear()
         self.current = None
 
-    def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    # a hook that is removed while a module's hooks run is called all the same, and then without keyword arguments
+
+    def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any] = _NONE) -> None:
         parent = self.current
         if parent is not None and module is self._root() and not self._runs_inside_itself():
             parent = None  # an earlier forward was broken off (KeyboardInterrupt skips forward hooks)
@@ -133,7 +135,8 @@ class ModuleCalls:
             frame = frame.f_back  # type: ignore[assignment]
         return calls >= 2
 
-    def _end(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    def _end(self, module: nn.Module, args: Any, *given: Any) -> None:
+        kwargs, output = given if len(given) == 2 else (_NONE, given[0])
         frame = self.current
         if frame is None or frame.module is not module:
             return
