@@ -161,6 +161,21 @@ def test_a_plan_of_all_actions_is_no_slower_than_checkpointing_the_blocks(peak: 
     assert 0 < times[0] <= times[1]
 
 
+def test_checkpoints_are_planned_storage_by_storage_where_no_plan_runs_blocks_again(sharing_peak: int) -> None:
+    """They were taken for one more policy, whose own offloads take several times the time."""
+    machine = machine_of(vdnn.VirtualDevice(memory=sharing_peak, d2h="10MB/s", h2d="10MB/s"))
+    budget, options = sharing_peak * 48 // 100, Options(min_bytes=1024)
+    inputs = Rows(1024).inputs("cpu")[0]
+    model = Sharing()
+    trace = vdnn.capture(model, *inputs, device="cpu", optimizer="none")
+    checkpoint_blocks(model)
+    checkpoints = vdnn.capture(model, *inputs, device="cpu", optimizer="none")
+    found = best_plan(trace, machine, budget, options, blocks=checkpoints)
+    assert found.trace is checkpoints
+    alone = best_plan(checkpoints, machine, budget, options).result.iteration_time_ns
+    assert found.result.iteration_time_ns == alone
+
+
 @pytest.mark.case(60)
 def test_each_shape_has_its_own_decision(sharing_peak: int) -> None:
     large, small = Rows(1024), Rows(256)

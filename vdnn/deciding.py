@@ -271,7 +271,7 @@ def _runs_compiled(model: nn.Module) -> bool:
 
 def _say(plan: Plan) -> None:
     """One line on what was decided."""
-    moved = sum(entry.action.action == "offload" for entry in plan.entries)
+    moved = sum(entry.moved_bytes > 0 for entry in plan.entries)
     what = (
         f"offload is active: {moved} of {len(plan.entries)} saved storages, {format_bytes(plan.offloaded_bytes)}"
         if moved

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from functools import cache
 
 import pytest
@@ -95,3 +97,24 @@ def test_more_memory_makes_no_slower_plan(name: str) -> None:
         assert result.iteration_time_ns is not None
         assert result.iteration_time_ns <= best * 1.01
         best = min(best, result.iteration_time_ns)
+
+
+def test_the_note_of_a_plan_counts_every_kind_of_action() -> None:
+    """A plan of codes alone said that it keeps everything."""
+    trace = conv_chain(batch=256)
+    least = least_plan(trace, MACHINE, EVERYTHING).plan.budget_bytes or 0
+    most = simulate_step(trace, None, MACHINE).peak_reserved_bytes or 0
+    kinds = {
+        "offload": r"offloads (\d+) of \d+ saved",
+        "encode": r"keeps codes of (\d+)",
+        "recompute": r"computes (\d+) again",
+    }
+    seen = Counter[str]()
+    for percent in (0, 5, 10, 25, 40, 60, 80):
+        plan = best_plan(trace, MACHINE, least + (most - least) * percent // 100, EVERYTHING).plan
+        counts = Counter(entry.action.action for entry in plan.entries)
+        for kind, words in kinds.items():
+            said = re.search(words, plan.notes[0])
+            assert (int(said[1]) if said else 0) == counts[kind], plan.notes[0]
+        seen += counts
+    assert all(seen[kind] for kind in kinds), seen

@@ -1,8 +1,9 @@
 """The plan that fits into a budget and takes the least time of all that were tried, and how good it can be at most.
 
     without a plan         if the step fits as it is, nothing is done
-    the policies           vdnn-all, vdnn-conv and vdnn-dyn: the plan is never slower than theirs
-    the search             vdnn.planner.search: keep, offload or compute again, one decision a storage
+    the policies           all whose plans the engine executes: the plan is never slower than theirs
+    the search             vdnn.planner.search and improving: blocks that run again, and of every other storage whether
+                           it is kept, offloaded, encoded or computed again
     the bound              vdnn.planner.bound: no plan is faster; the plan's notes say the gap
 
 Every plan was simulated, with the budget as the limit of reserved memory, before it is returned.
@@ -31,7 +32,7 @@ from vdnn.sim.run import run
 from vdnn.sim.workspaces import held_bytes, with_libraries
 from vdnn.units import format_bytes, format_ns
 from vdnn.values.hardware import Hardware
-from vdnn.values.plan import Offload, Plan, Recompute
+from vdnn.values.plan import Encode, Offload, Plan, Recompute
 from vdnn.values.result import RunResult
 from vdnn.values.trace import Trace
 
@@ -128,7 +129,8 @@ def best_plan(
     for step in (trace, blocks):
         if step is not None:
             # where blocks run again by plan, the model's own checkpoints are one more policy
-            planned_blocks = step is blocks and all(block.source >= 0 for block in repeated(trace))
+            runnable = repeated(trace) if step is blocks else []
+            planned_blocks = bool(runnable) and all(block.source >= 0 for block in runnable)
             late, pair = _best_of(step, hardware, budget_bytes, options, seconds, not planned_blocks)
             gave_up = gave_up or late
             if pair is not None:
@@ -223,11 +225,18 @@ def _plan(search: Search, found: Found) -> Plan:
 def _what(trace: Trace, plan: Plan, result: RunResult, without: RunResult, budget: int) -> str:
     moved = [entry for entry in plan.entries if isinstance(entry.action, Offload)]
     again = [entry for entry in plan.entries if isinstance(entry.action, Recompute)]
+    coded = [entry for entry in plan.entries if isinstance(entry.action, Encode)]
     blocks = recomputed_blocks(trace)
     parts = [f"recomputes {len(blocks)} blocks"] if blocks else []
     if moved:
+        nbytes = sum(entry.moved_bytes for entry in moved)
+        parts.append(f"offloads {len(moved)} of {len(plan.entries)} saved storages, {format_bytes(nbytes)}")
+    if coded:
+        nbytes = sum(entry.storage_bytes for entry in coded)
+        gone = [entry for entry in coded if entry.moved_bytes]
         parts.append(
-            f"offloads {len(moved)} of {len(plan.entries)} saved storages, {format_bytes(plan.offloaded_bytes)}"
+            f"keeps codes of {len(coded)}, {format_bytes(nbytes)}"
+            + (f", and offloads {len(gone)} of them" if gone else "")
         )
     if again:
         nbytes = sum(entry.storage_bytes for entry in again)

@@ -128,6 +128,7 @@ class Choices:
         try:
             trace = run_again(self.trace, [self.blocks[c] for c in sorted(chosen)], checked=False)
         except PlanMismatchError:
+            self._bases[chosen] = None
             return None
         self.work += 4 * len(trace.ops)
         movable = {item.storage: item for item in survey(trace, self.options) if item.movable}

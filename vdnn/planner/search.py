@@ -9,7 +9,7 @@
 
 A judgement is a schedule, its requested bytes and its simulated time, some milliseconds; before anything is accepted
 the allocator's model must say that it fits. How much is tried depends on the sizes of the step alone, never on the
-clock: the same question has the same answer.
+clock: the same question has the same answer, unless the solver gives up a program, which the plan says.
 """
 
 from __future__ import annotations
@@ -164,10 +164,10 @@ class Search:
             self.gave_up += not shares.solved
             again = {s for s, share in shares.again.items() if share > 0.5}
             coded = frozenset(s for s in again if ways.get(s) == "code")
+            dropped = frozenset(s for s in again if ways.get(s) == "chain")
             for least in (0.5, 0.02):
-                for chosen in self._beside({c: b for c, b in shares.groups.items() if b > least}):
-                    wanted = {s for s in again if ways.get(s) == "chain"}
-                    yield from self._starts(Choice(chosen, coded, frozenset(wanted)), shares.out, target, most, tried)
+                chosen = self._beside({c: b for c, b in shares.groups.items() if b > least})
+                yield from self._starts(Choice(chosen, coded, dropped), shares.out, target, most, tried)
         cheap = frozenset(s for s in choices.chains if self._cheap(s))
         limit = max(limit, self.work + work // 2)
         for level in ([], *choices.levels()):
@@ -204,12 +204,12 @@ class Search:
             found.append(Group(c, frozenset(block.dropped), end, need, self.choices.block_ns[c]))
         return found
 
-    def _beside(self, shares: dict[int, float]) -> list[frozenset[int]]:
+    def _beside(self, shares: dict[int, float]) -> frozenset[int]:
         """Blocks of a program's answer that are beside each other: of nested ones those that it runs more of."""
         chosen = frozenset[int]()
         for c in sorted(shares, key=lambda c: (shares[c], c)):
             chosen = self.choices.beside(chosen, c)
-        return [chosen]
+        return chosen
 
     def _few(self, level: Sequence[int], coded: frozenset[int], target: int) -> Iterator[frozenset[int]]:
         """Of blocks beside each other as few as it takes, alone and with half of the work left to other actions."""
