@@ -53,7 +53,11 @@ Listener = Callable[[Frame], None]
 
 
 class Hook:
-    """A function on a module's hook list that does not follow the module into a copy or a pickle: there it is inert."""
+    """A function on a module's hook list that does not follow the module into a copy or a pickle: there it is inert.
+
+    Who takes it off lets it `rest`: torch still calls a hook that is removed while a module's hooks run, and with other
+    arguments.
+    """
 
     __slots__ = ("_function",)
 
@@ -63,6 +67,10 @@ class Hook:
     def __call__(self, *args: Any) -> None:
         if self._function is not None:
             self._function(*args)
+
+    def rest(self) -> None:
+        """Do nothing from now on."""
+        self._function = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
         return Hook()
@@ -83,6 +91,7 @@ class ModuleCalls:
         self._on_end = on_end
         self._counts: dict[int, int] = {}
         self._handles: list[RemovableHandle] = []
+        self._hooks: tuple[Hook, ...] = ()
 
     @property
     def root(self) -> nn.Module:
@@ -93,7 +102,7 @@ class ModuleCalls:
 
     def attach(self) -> None:
         """Hook every module of the model; the first hook to run before forward, the last after it."""
-        begin, end = Hook(self._begin), Hook(self._end)
+        begin, end = self._hooks = Hook(self._begin), Hook(self._end)
         self._names = {id(module): fqn for fqn, module in self.root.named_modules()}
         for module in self.root.modules():
             self._handles.append(module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True))
@@ -104,12 +113,12 @@ class ModuleCalls:
         """Take all hooks off again."""
         for handle in self._handles:
             handle.remove()
+        for hook in self._hooks:
+            hook.rest()
         self._handles.clear()
         self.current = None
 
-    # a hook that is removed while a module's hooks run is called all the same, and then without keyword arguments
-
-    def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any] = _NONE) -> None:
+    def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         parent = self.current
         if parent is not None and module is self._root() and not self._runs_inside_itself():
             parent = None  # an earlier forward was broken off (KeyboardInterrupt skips forward hooks)
@@ -135,8 +144,7 @@ class ModuleCalls:
             frame = frame.f_back  # type: ignore[assignment]
         return calls >= 2
 
-    def _end(self, module: nn.Module, args: Any, *given: Any) -> None:
-        kwargs, output = given if len(given) == 2 else (_NONE, given[0])
+    def _end(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         frame = self.current
         if frame is None or frame.module is not module:
             return

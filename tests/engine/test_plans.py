@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from vdnn.engine import Schedule, VirtualDevice, engine_of, wrap_model
+from vdnn.engine import Schedule, VirtualDevice, engine_of, unwrap_model, wrap_model
 from vdnn.errors import PlanMismatchError
 from vdnn.values import Entry, Keep, Offload, Plan, SavedName
 
@@ -107,6 +107,28 @@ def test_every_step_is_a_pass_also_when_idle_ones_lie_between() -> None:
         step(model, x)
         seen.append((engine.offloader.counts.passes, engine.offloader.counts.offloaded_storages))
     assert seen == [(1, 1), (2, 1), (3, 2), (4, 3), (5, 3), (6, 3), (7, 4)]
+
+
+@pytest.mark.parametrize("where", ["before", "inside", "after"])
+def test_a_model_may_be_unwrapped_by_a_hook_of_its_own(where: str) -> None:
+    """torch calls hooks that are removed while hooks run all the same, without the arguments they asked for."""
+    model, x = chain()
+    plain = copy.deepcopy(model)
+    device = VirtualDevice(seed=1)
+    wrap_model(model, device, lambda *a: Schedule(plan(tanh_output(1, Offload("end 2#0")))))
+    step(model, x)
+
+    def unwrap(*_: object) -> None:
+        unwrap_model(model)
+
+    part = model[2] if where == "inside" else model
+    register = part.register_forward_hook if where == "after" else part.register_forward_pre_hook
+    handle = register(unwrap, prepend=True)
+    found = step(model, x)
+    handle.remove()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, step(plain, x), strict=True))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert device.host_bytes()[0] == 0
 
 
 def test_a_step_in_which_nothing_can_move_has_one_hook_on_the_model_and_none_on_autograd() -> None:

@@ -80,16 +80,18 @@ class Engine:
         self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
         self._thread: threading.Thread | None = None
         self._calls = _Calls(model, self._on_begin, self._on_end)
+        self._hook = Hook(self._before)
         self._first = self._watch(model)
 
     def _watch(self, model: nn.Module) -> RemovableHandle:
         """Decide in front of every other hook on the model: what follows its calls must know by then."""
-        return model.register_forward_pre_hook(Hook(self._before), with_kwargs=True, prepend=True)
+        return model.register_forward_pre_hook(self._hook, with_kwargs=True, prepend=True)
 
     def remove(self) -> None:
         """Take every hook off the model."""
         self._close()
         self._first.remove()
+        self._hook.rest()
         self._calls.detach()
         self.offloader.close()
 
