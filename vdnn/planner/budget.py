@@ -57,6 +57,8 @@ _SEEDING, _FITTING, _IMPROVING = 250_000, (500_000, 700_000), (800_000, 1_500_00
 # Starts of local search: of a short step more, until their ops are about as many; half as many that need little memory.
 _STARTS = range(2, 9)
 _STARTING = 2000
+# A start so much slower than the bound, as a share, is not looked at alone.
+_FAR = 0.3
 # The least storage that moves, if nothing else fits: below that a copy's latency is all that it takes.
 _SMALL = 1 << 16
 
@@ -131,7 +133,7 @@ def best_plan(
             # where blocks run again by plan, the model's own checkpoints are one more policy
             runnable = repeated(trace) if step is blocks else []
             planned_blocks = bool(runnable) and all(block.source >= 0 for block in runnable)
-            late, pair = _best_of(step, hardware, budget_bytes, options, seconds, not planned_blocks)
+            late, pair = _best_of(step, hardware, budget_bytes, options, seconds, not planned_blocks, bound.time_ns)
             gave_up = gave_up or late
             if pair is not None:
                 found.append((step, *pair))
@@ -147,7 +149,7 @@ def best_plan(
 
 
 def _best_of(
-    trace: Trace, hardware: Hardware, budget: int, options: Options, seconds: float, searched: bool
+    trace: Trace, hardware: Hardware, budget: int, options: Options, seconds: float, searched: bool, bound_ns: int
 ) -> tuple[bool, tuple[Plan, RunResult] | None]:
     """The fastest plan found for one step, searched for or of the policies; and whether the solver gave up."""
 
@@ -159,7 +161,7 @@ def _best_of(
         return False, none
     search = Search(trace, hardware, options)
     fitting: list[tuple[Plan, RunResult]] = []
-    for plan in _searched(search, budget, seconds) if searched else ():
+    for plan in _searched(search, budget, seconds, bound_ns) if searched else ():
         pair = judged(plan)
         if pair[1].fits:
             fitting.append(pair)
@@ -172,7 +174,7 @@ def _best_of(
                 fitting.append(pair)
     if not fitting and searched:
         search = Search(trace, hardware, replace(options, min_bytes=min(options.min_bytes, _SMALL)))
-        fitting = [pair for pair in map(judged, _searched(search, budget, seconds)) if pair[1].fits][:1]
+        fitting = [pair for pair in map(judged, _searched(search, budget, seconds, bound_ns)) if pair[1].fits][:1]
     if not fitting and searched:  # what would be named as the least budget, if that were more
         fitting = [pair for pair in [judged(least_plan(trace, hardware, options).plan)] if pair[1].fits]
     best = min(fitting, key=lambda pair: (pair[1].iteration_time_ns or 0, pair[0].offloaded_bytes), default=None)
@@ -196,16 +198,17 @@ def _candidates(trace: Trace, hardware: Hardware, options: Options, budget: int)
             yield plan  # the engine executes it: capuchin's recomputation of single ops it does not
 
 
-def _searched(search: Search, budget: int, seconds: float) -> Iterator[Plan]:
+def _searched(search: Search, budget: int, seconds: float, bound_ns: int) -> Iterator[Plan]:
     """Plans of the search, the best first; the last needs the least memory."""
     room = max(budget - held_bytes(search.trace, search.hardware), 1)
     target = room if search.trace.device == "cpu" else room * 15 // 16
     short = len(search.trace.ops) < _STARTING // _STARTS[0]
     count = min(max(_STARTING // max(len(search.trace.ops), 1), _STARTS[0]), _STARTS[-1])
     fitting = search.starts(list(search.seeds(target, room, seconds, _SEEDING)), budget, count, _FITTING[short])
-    if short or not fitting:  # what needs little memory has room for changes
+    # what needs little memory has room for changes
+    if short or not fitting or min(found.time_ns for found in fitting) > (1 + _FAR) * bound_ns:
         low = (found for found in sorted(search.least(), key=lambda found: found.rank) if search.fits(found, budget))
-        fitting += islice(low, count // 2)
+        fitting += islice(low, max(count // 2, 2))
     better, left = [], _IMPROVING[short]
     for place, found in enumerate(sorted(fitting, key=lambda found: found.rank), 1):
         before = search.work
