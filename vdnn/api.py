@@ -126,9 +126,12 @@ def simulate(
 
     Raises:
         PlanMismatchError: the plan was not made from this trace.
+        FormatError: the plan says what cannot be done; one from a file was checked when it was read.
     """
     from vdnn.sim import simulate_step
 
+    if plan is not None:
+        plan.check()
     return simulate_step(
         trace,
         plan,

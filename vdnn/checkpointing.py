@@ -4,10 +4,10 @@
     …train…
     undo()
 
-It is `torch.utils.checkpoint` (non-reentrant) around each block's forward, with two things put right. Buffers that
-forward updates, such as the statistics of a batch norm, are updated once, not again by the recomputation. And a
-block that changes its input in place is an error at once: gradients recomputed from it would be wrong. (An input that
-is changed later is autograd's own error, in backward.)
+It is `torch.utils.checkpoint` (non-reentrant) around each block's forward, with three things put right. Buffers that
+forward updates, such as the statistics of a batch norm, are updated once, not again by the recomputation, and what was
+frozen in forward is, too, when it is recomputed. And a block that changes its input in place is an error at once:
+gradients recomputed from it would be wrong. (An input that is changed later is autograd's own error, in backward.)
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from vdnn.engine.before import trained_as
 from vdnn.errors import EngineError, UsageError
 
 __all__ = ["blocks_of", "checkpoint_blocks"]
@@ -109,14 +110,16 @@ class _Recomputed:
         return output
 
     def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return contextlib.nullcontext(), self._buffers_as_before()
+        trained = [(parameter, parameter.requires_grad) for parameter in self.block.parameters()]
+        return contextlib.nullcontext(), self._as_before(trained)
 
     @contextlib.contextmanager
-    def _buffers_as_before(self) -> Iterator[None]:
+    def _as_before(self, trained: list[tuple[nn.Parameter, bool]]) -> Iterator[None]:
         buffers = list(self.block.buffers())
         before = [buffer.detach().clone() for buffer in buffers]
         try:
-            yield
+            with trained_as(trained):
+                yield
         finally:
             with torch.no_grad():
                 for buffer, value in zip(buffers, before, strict=True):

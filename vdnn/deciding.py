@@ -85,6 +85,8 @@ class Decider:
         self.optimizer = optimizer
         self.options = options
         self.kind = "cuda" if isinstance(device, CudaDevice) else "cpu"
+        if fixed is not None:
+            fixed.check()  # one from a file was; one that was made by hand may say what cannot be done
         self._fixed = None if fixed is None else Schedule(fixed)
         self._made: dict[Any, _Decision] = {}
         self._latest: Plan | None = None  # for a budget, of the step as it is: to be scaled to other shapes

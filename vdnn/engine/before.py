@@ -12,16 +12,16 @@ The statistics of a batch norm in training are written, and not read.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-__all__ = ["Before", "buffers_read"]
+__all__ = ["PLAIN", "Before", "buffers_read", "trained_as"]
 
-_PLAIN = (int, float, bool, str, type(None))
+PLAIN = (int, float, bool, str, type(None))
 _SEVERAL = (list, dict, set)  # what is in one of these is put back, too; what those in turn hold is not
 _OF_TORCH = frozenset(nn.Module().__dict__) - {"training"}
 _Buffers = dict[str, tuple[torch.Tensor, int]]
@@ -36,10 +36,26 @@ def buffers_read(module: nn.Module) -> _Buffers:
     return {name: (buffer, buffer._version) for name, buffer in module._buffers.items() if buffer is not None}
 
 
+@contextlib.contextmanager
+def trained_as(then: Iterable[tuple[torch.Tensor, bool]]) -> Iterator[None]:
+    """Tensors that require gradients as they did then, inside: what autograd saves depends on it.
+
+    A layer may be frozen, or trained, from the middle of a step on, as a GAN's are.
+    """
+    others = [(tensor, trained) for tensor, trained in then if tensor.requires_grad is not trained]
+    try:
+        for tensor, trained in others:
+            tensor.requires_grad_(trained)
+        yield
+    finally:
+        for tensor, trained in others:
+            tensor.requires_grad_(not trained)
+
+
 class Before:
     """A module's buffers and attributes, and those of all modules inside it."""
 
-    __slots__ = ("_attributes", "_buffers", "_tensors")
+    __slots__ = ("_attributes", "_buffers", "_tensors", "_trained")
 
     def __init__(self, module: nn.Module) -> None:
         self._buffers: list[tuple[nn.Module, _Buffers]] = []
@@ -56,6 +72,7 @@ class Before:
             for name, value in had.items()
             for tensor in _tensors_in(value)
         ]
+        self._trained = [(tensor, tensor.requires_grad) for _, _, tensor, _ in self._tensors]
 
     def changed(self) -> str:
         """The first buffer that is another one now, or was changed in place; or a tensor that was changed in place.
@@ -91,7 +108,8 @@ class Before:
                 for name in part.__dict__.keys() - names:
                     del part.__dict__[name]
                 part.__dict__.update({name: _copy(value) for name, value in had.items()})
-            yield
+            with trained_as(self._trained):
+                yield
         finally:
             for (part, _, _), then in zip(self._attributes, now, strict=True):
                 for name in part.__dict__.keys() - then.keys():
@@ -100,7 +118,7 @@ class Before:
 
 
 def _put_back(name: str, value: Any) -> bool:
-    return name not in _OF_TORCH and (type(value) in (*_PLAIN, *_SEVERAL) or isinstance(value, torch.Tensor))
+    return name not in _OF_TORCH and (type(value) in (*PLAIN, *_SEVERAL) or isinstance(value, torch.Tensor))
 
 
 def _copy(value: Any) -> Any:

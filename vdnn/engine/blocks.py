@@ -26,13 +26,12 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from vdnn.calls import Frame, Hook
-from vdnn.engine.before import Before
+from vdnn.engine.before import PLAIN, Before
 from vdnn.engine.device import Device, is_plain
 from vdnn.engine.recomputed import Layout, RecomputedStorage, Rerun
 
 __all__ = ["BlockRun", "BlockStorage"]
 
-_PLAIN = (int, float, bool, str)
 _Key = tuple[int, int, int]  # id of the module, call of it in the block, number of the pack in that call
 
 
@@ -46,6 +45,11 @@ class BlockStorage(RecomputedStorage):
         self.key = key
         self._layout = Layout(source)
         self._run = run
+
+    def packed_again(self, tensor: torch.Tensor, key: _Key) -> None:
+        """Another pack of it: where it was changed in place before that, only what it is now may still be asked for."""
+        if tensor._version != self._layout.version:
+            self.key, self._layout = key, Layout(tensor)
 
     def let_go(self) -> None:
         """The block is over, and can make it again."""
@@ -125,15 +129,18 @@ class BlockRun:
         """What stands for the storage of a plan's entry, whether it is new; None, and why, where nothing can."""
         weak = self._storages.get(entry)
         if weak is None:
-            # the pack that goes on is counted already
-            key = (id(frame.module), frame.call - self._base[id(frame.module)], frame.packs - 1)
-            made = BlockStorage(device, tensor, key, self)
+            made = BlockStorage(device, tensor, self._key(frame), self)
             self._storages[entry] = weakref.ref(made)
             return made, True, ""
         known = weak()
         if known is None or not known.is_of(tensor):
             return None, False, "another one of its entry is"
+        known.packed_again(tensor, self._key(frame))
         return known, False, ""
+
+    def _key(self, frame: Frame) -> _Key:
+        """Where the pack is that goes on, which is counted already."""
+        return id(frame.module), frame.call - self._base[id(frame.module)], frame.packs - 1
 
     def ends(self, frame: Frame) -> None:
         """The block returns: what it saved goes, unless something is not as it must be."""
@@ -218,10 +225,11 @@ class _Placeholder:
 class _Held:
     """Another tensor that the block takes, kept as it is: autograd holds what made it as long as the block's graph."""
 
-    __slots__ = ("_tensor", "_version")
+    __slots__ = ("_tensor", "_trained", "_version")
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor
+        self._trained = tensor.requires_grad
         self._version = tensor._version
 
     def get(self) -> torch.Tensor:
@@ -232,7 +240,7 @@ class _Held:
                 f"tensor {list(tensor.shape)} that a block takes, which runs again, is at version {tensor._version}; "
                 f"expected version {self._version} instead"
             )
-        return tensor
+        return tensor if tensor.requires_grad is self._trained else tensor.detach().requires_grad_(self._trained)
 
 
 class _Given:
@@ -248,7 +256,7 @@ class _Given:
         """Whether these are the same tensors, unchanged, and the same other things, at the same places."""
         leaves, form = tree_flatten((args, kwargs))
         return bool(form == self._form) and all(
-            known.is_of(leaf) if isinstance(known, _Leaf) else known is leaf or (type(leaf) in _PLAIN and known == leaf)
+            known.is_of(leaf) if isinstance(known, _Leaf) else known is leaf or (type(leaf) in PLAIN and known == leaf)
             for known, leaf in zip(self._leaves, leaves, strict=True)
         )
 

@@ -92,7 +92,7 @@ class Offloader:
         here = self.current
         if here is not None:
             slot = frame.slot = here.schedule.calls.get((frame.fqn, frame.call), NOTHING)
-            if slot.block:
+            if slot.block and here.block is None:  # one inside another would run again twice: it stays
                 here.block = here.blocks[slot.block] = BlockRun(frame, slot.holds)
             if here.block is not None:
                 here.block.enters(frame)
@@ -113,7 +113,7 @@ class Offloader:
             with self._lock:
                 for entry, last in frame.slot.links:
                     here.chain(entry).link(frame.module, frame.args, frame.output, last)
-                if here.block is not None and frame.slot.block:
+                if here.block is not None and here.blocks.get(frame.slot.block) is here.block:
                     here.block.ends(frame)
                     if here.block.broken:
                         self._mismatch(f"{frame.slot.block} is not computed again: {here.block.broken}")

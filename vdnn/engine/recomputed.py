@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from vdnn.calls import Hook
-from vdnn.engine.before import Before, buffers_read
+from vdnn.engine.before import Before, buffers_read, trained_as
 from vdnn.engine.device import Device, byte_view, is_plain
 from vdnn.engine.remade import RemadeStorage
 from vdnn.engine.storage import extent, same_counter, typed
@@ -67,7 +67,7 @@ class Layout:
 class Rerun:
     """One module call, to be made again."""
 
-    __slots__ = ("autocast", "before", "buffers", "module", "parts", "versions")
+    __slots__ = ("autocast", "before", "buffers", "module", "parts", "trained", "versions")
 
     def __init__(self, module: nn.Module, device: str, before: Before) -> None:
         self.module = module
@@ -75,6 +75,8 @@ class Rerun:
         self.buffers = [pair for m in module.modules() if m._buffers for pair in buffers_read(m).values()]
         self.parts = [(m, dict(m._parameters), dict(m._buffers), m.training) for m in module.modules()]
         self.versions = [p._version for p in self._parameters()]
+        both = (t for _, parameters, buffers, _ in self.parts for t in (*parameters.values(), *buffers.values()))
+        self.trained = [(tensor, tensor.requires_grad) for tensor in both if tensor is not None]
         self.autocast = (
             device,
             torch.is_autocast_enabled(device),
@@ -107,6 +109,7 @@ class Rerun:
             torch.set_grad_enabled(grad),
             torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache),
             self.before.attributes(),
+            trained_as(self.trained),
             self._as_it_was(),
         ):
             return self.module.forward(*args, **kwargs)
@@ -121,12 +124,17 @@ class Rerun:
         ]
         try:
             for module, parameters, buffers, training in self.parts:
-                copies = {name: None if buffer is None else buffer.detach().clone() for name, buffer in buffers.items()}
+                copies = {name: None if b is None else _copy(b) for name, b in buffers.items()}
                 module.__dict__.update(_parameters=dict(parameters), _buffers=copies, training=training)
             yield
         finally:
             for (module, _, _, _), before in zip(self.parts, now, strict=True):
                 module.__dict__.update(before)
+
+
+def _copy(buffer: torch.Tensor) -> torch.Tensor:
+    """A copy that autograd sees as it sees the buffer, which may be computed from what is trained."""
+    return buffer.detach().clone().requires_grad_(buffer.requires_grad)
 
 
 class ChainRun:

@@ -139,6 +139,25 @@ def another_tensor_that_a_block_takes_is_changed_after(engine: ModuleType) -> No
         torch.autograd.grad(loss, x)
 
 
+class _Twice(nn.Module):
+    """A block that saves a tensor, for something that nobody wants, changes it, and saves it again."""
+
+    def forward(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        y = nn.functional.elu(x) + other
+        self.unwanted = y.square()
+        y += 1
+        return y.square()
+
+
+@scenario
+def a_block_saves_a_tensor_at_two_versions(engine: ModuleType) -> None:
+    found = []
+    for ours in (engine, None):
+        _, loss, x = _of(_Twice(), ours)
+        found += torch.autograd.grad(loss, x)
+    expect(torch.equal(*found), "wrong gradients")
+
+
 class _Filling(nn.Module):
     """A block that puts another tensor, of the same form, into the list that it is given."""
 
