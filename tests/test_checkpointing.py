@@ -106,3 +106,35 @@ def test_without_gradients_nothing_is_recomputed() -> None:
     checkpoint_blocks(model)
     with torch.no_grad():
         assert torch.equal(model(*args), expected)
+
+
+class Given(nn.Module):
+    """A block whose norm is not a part of it: the network gives it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.act = nn.Linear(4, 4), nn.GELU()
+
+    def forward(self, x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
+        return self.act(norm(self.one(x)))
+
+
+class Giving(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.blocks = nn.BatchNorm1d(4), nn.ModuleList([Given(), Given()])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x, self.norm)
+        return x
+
+
+def test_statistics_of_a_module_that_a_block_is_given_are_counted_once() -> None:
+    model = Giving()
+    plain, x = copy.deepcopy(model), torch.randn(6, 4)
+    checkpoint_blocks(model)
+    for one in (plain, model):
+        one(x).square().mean().backward()
+    assert all(torch.equal(a, b) for a, b in zip(plain.buffers(), model.buffers(), strict=True))
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain.parameters(), model.parameters(), strict=True))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -23,7 +24,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from vdnn.engine.before import trained_as
+from vdnn.engine.before import trained_as, untransformed
 from vdnn.errors import EngineError, UsageError
 
 __all__ = ["blocks_of", "checkpoint_blocks"]
@@ -99,9 +100,13 @@ class _Recomputed:
         forward = self.before or type(self.block).forward.__get__(self.block)
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        leaves = tree_leaves((args, kwargs))
+        inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        modules = [self.block, *(leaf for leaf in leaves if isinstance(leaf, nn.Module))]
         before = [leaf._version for leaf in inputs if not leaf.is_inference()]
-        output = checkpoint(forward, *args, use_reentrant=False, context_fn=self._contexts, **kwargs)
+        output = checkpoint(
+            forward, *args, use_reentrant=False, context_fn=functools.partial(_contexts, modules), **kwargs
+        )
         if before != [leaf._version for leaf in inputs if not leaf.is_inference()]:
             raise EngineError(
                 f"a {type(self.block).__name__} changes its input in place, so it cannot be recomputed from it: keep "
@@ -109,18 +114,45 @@ class _Recomputed:
             )
         return output
 
-    def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        trained = [(parameter, parameter.requires_grad) for parameter in self.block.parameters()]
-        return contextlib.nullcontext(), self._as_before(trained)
+
+def _contexts(modules: Sequence[nn.Module]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For the forward of a block, and for each time that it is recomputed."""
+    return contextlib.nullcontext(), _AsBefore(modules)
+
+
+class _AsBefore(AbstractContextManager[None]):
+    """A block and the modules that it is given: in the mode of forward and trained as then, and counting nothing.
+
+    It is entered once for each backward: a graph that is retained is recomputed for every one.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modes = [(part, part.training) for module in modules for part in module.modules()]
+        self._trained = [(p, p.requires_grad) for module in modules for p in module.parameters()]
+        self._open: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        again = self._again()
+        again.__enter__()
+        self._open.append(again)
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.pop().__exit__(*error)
 
     @contextlib.contextmanager
-    def _as_before(self, trained: list[tuple[nn.Parameter, bool]]) -> Iterator[None]:
-        buffers = list(self.block.buffers())
+    def _again(self) -> Iterator[None]:
+        modes = [(part, part.training) for part, _ in self._modes]
+        found = (buffer for part, _ in self._modes for buffer in part.buffers(recurse=False))
+        buffers = list(dict.fromkeys(buffer for buffer in found if not buffer.is_inference()))
         before = [buffer.detach().clone() for buffer in buffers]
         try:
-            with trained_as(trained):
+            for part, training in self._modes:
+                part.training = training
+            with trained_as(self._trained), untransformed():
                 yield
         finally:
+            for part, training in modes:
+                part.training = training
             with torch.no_grad():
                 for buffer, value in zip(buffers, before, strict=True):
                     buffer.copy_(value)

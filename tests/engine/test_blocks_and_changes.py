@@ -238,3 +238,138 @@ def test_a_block_that_begins_inside_another_stays(name: str) -> None:
         outcomes.append(outcome(model))
     assert same(*outcomes)
     assert engine.offloader.counts.recomputed_storages == engine.offloader.counts.dropped_storages > 0
+
+
+class Reaching(nn.Module):
+    """A block that counts statistics of a module that is not its own, and does not call it."""
+
+    def __init__(self, norm: nn.Module, how: str) -> None:
+        super().__init__()
+        self.one, self.act, self.two = nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH)
+        self.norm, self.how = [norm], how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean, var = self.norm[0].get_buffer("running_mean"), self.norm[0].get_buffer("running_var")
+        y = self.one(x)
+        if self.how == "reads":
+            y = y - mean
+        elif self.how == "writes":
+            mean.data.mul_(0.9).add_(y.detach().mean(0))
+        else:
+            y = nn.functional.batch_norm(y, mean, var, training=True)
+        return x + self.two(self.act(y))
+
+
+@pytest.mark.parametrize("how", ["reads", "writes", "batch norm"])
+def test_a_block_that_writes_another_module_s_buffers_is_no_block(how: str) -> None:
+    """They were counted twice: a batch norm writes without a version, and they are not the block's to put back."""
+    outcomes = []
+    for ours in (False, True):
+        torch.manual_seed(0)
+        norm = nn.BatchNorm1d(WIDTH)
+        model = nn.Sequential(nn.Linear(WIDTH, WIDTH), norm, Reaching(norm, how), Reaching(norm, how))
+        if ours:
+            assert len(blocks(vdnn.capture(model, torch.randn(WIDTH, WIDTH), device="cpu"))) == 2 * (how == "reads")
+            vdnn.wrap(model, policy="recompute-blocks", device=VirtualDevice(), min_bytes=1, keep_soon=False)
+        outcomes.append([*outcome(model), *outcome(model), *model.buffers()])
+    assert same(*outcomes)
+
+
+def test_tensors_that_were_made_in_inference_mode_may_be_given_and_kept() -> None:
+    class Shifted(Nested):
+        def __init__(self) -> None:
+            super().__init__(nn.Identity())
+            self.shift = shift
+            self.register_buffer("other", shift)
+
+        def forward(self, x: torch.Tensor, depth: int = 0) -> torch.Tensor:
+            return x + self.two(self.act(self.one(x + self.shift))) + self.get_buffer("other")
+
+    class Given(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.blocks = nn.Linear(WIDTH, WIDTH), nn.ModuleList([Shifted() for _ in range(2)])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x)
+            for block in self.blocks:
+                x = block(x + 0, given)
+            return x
+
+    with torch.inference_mode():
+        shift, given = torch.rand(WIDTH), torch.rand(WIDTH)
+    outcomes = []
+    for ours in (False, True):
+        torch.manual_seed(0)
+        model = Given()
+        if ours:
+            vdnn.wrap(model, policy="recompute-blocks", device=VirtualDevice(), min_bytes=1, keep_soon=False)
+        outcomes.append(outcome(model))
+    assert same(*outcomes)
+    assert vdnn.report(model).dropped_storages
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.norm, self.act = nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.GELU()
+        self.drop = nn.Dropout(0.2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.drop(self.act(self.norm(self.one(x))))
+
+
+def _twice(loss: torch.Tensor, out: torch.Tensor, x: torch.Tensor) -> list[torch.Tensor]:
+    loss.backward(retain_graph=True)
+    return []
+
+
+def _partly(loss: torch.Tensor, out: torch.Tensor, x: torch.Tensor) -> list[torch.Tensor]:
+    return [*torch.autograd.grad(loss, [x], retain_graph=True), *torch.autograd.grad(out[0, 0], [x], retain_graph=True)]
+
+
+def _penalty(loss: torch.Tensor, out: torch.Tensor, x: torch.Tensor) -> list[torch.Tensor]:
+    (slope,) = torch.autograd.grad(loss, [x], create_graph=True)
+    slope.square().sum().backward(retain_graph=True)
+    return [slope.detach()]
+
+
+def _batched(loss: torch.Tensor, out: torch.Tensor, x: torch.Tensor) -> list[torch.Tensor]:
+    each = torch.eye(out.numel())[:5].reshape(5, *out.shape)
+    return list(torch.autograd.grad(out, [x], each, is_grads_batched=True, retain_graph=True))
+
+
+def _vmapped(loss: torch.Tensor, out: torch.Tensor, x: torch.Tensor) -> list[torch.Tensor]:
+    each = torch.eye(out.numel())[:5].reshape(5, *out.shape)
+    return [torch.vmap(lambda g: torch.autograd.grad(out, [x], g, retain_graph=True)[0])(each)]
+
+
+def _evaluating(loss: torch.Tensor, out: torch.Tensor, x: torch.Tensor) -> list[torch.Tensor]:
+    return []
+
+
+@pytest.mark.parametrize("how", [_twice, _partly, _penalty, _batched, _vmapped, _evaluating])
+@pytest.mark.parametrize("policy", ["recompute-blocks", "checkpoint", "checkpoint-offload"])
+def test_backward_in_every_way(policy: str, how: Callable[..., list[torch.Tensor]]) -> None:
+    """Under `checkpoint` a graph that was retained ended in an `AttributeError`, and evaluation mode in torch's error;
+    in a vmap no block with dropout ran again."""
+    outcomes = []
+    for ours in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Normed(), Normed())
+        if ours:
+            vdnn.wrap(model, policy=policy, device=VirtualDevice(), min_bytes=1, keep_soon=False)
+        found: list[torch.Tensor] = []
+        for number in range(2):
+            torch.manual_seed(number)
+            model.zero_grad()
+            x = torch.randn(WIDTH, WIDTH, requires_grad=True)
+            out = model(x)
+            loss = out.square().mean()
+            found += how(loss, out, x)
+            model.train(how is not _evaluating)
+            loss.backward()
+            model.train()
+            found += [out.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+        outcomes.append([*found, *(b.clone() for b in model.buffers())])
+    assert same(*outcomes)

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from vdnn.analysis.chains import writes_others_buffers
 from vdnn.analysis.insertion import call_at, op_of, saved_at, shifted, stored_at
 from vdnn.analysis.moments import Points
 from vdnn.errors import PlanMismatchError
@@ -109,6 +110,8 @@ def _block(
         return None
     if any(not (trace.modules[i].fqn + ".").startswith(call.fqn + ".") for i in inside):
         return None  # it calls a module that is not its own, whose buffers are not the block's to put back
+    if writes_others_buffers(trace, ops, call.fqn):
+        return None
     outer: set[int] = set()
     for op in ops:
         for s in op.reads:

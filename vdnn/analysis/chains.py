@@ -11,15 +11,15 @@ a layer without modules inside it that does arithmetic: it is made again in full
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from vdnn.analysis.moments import Points
 from vdnn.errors import PlanMismatchError
 from vdnn.values.plan import Plan, Point, Recompute
-from vdnn.values.trace import Trace
+from vdnn.values.trace import Op, Trace
 
-__all__ = ["RANDOM", "Chain", "action_of", "chains", "makers", "planned_chains"]
+__all__ = ["RANDOM", "Chain", "action_of", "chains", "makers", "planned_chains", "writes_others_buffers"]
 
 # Words in the names of ops that draw random numbers.
 RANDOM = (
@@ -49,6 +49,19 @@ def makers(trace: Trace) -> dict[int, list[int]]:
         for s in op.writes:
             found.setdefault(s, []).append(i)
     return found
+
+
+def writes_others_buffers(trace: Trace, ops: Iterable[Op], fqn: str) -> bool:
+    """Whether ops of a module change buffers that are not its own: run again, it would change them a second time.
+
+    That a batch norm writes its statistics is not in the form of the op, so it counts as a write that it reads them.
+    """
+    own = f"{fqn}."
+    for op in ops:
+        for s in (*op.writes, *op.reads) if "batch_norm" in op.name else op.writes:
+            if trace.storages[s].category == "buffer" and not trace.storages[s].name.startswith(own):
+                return True
+    return False
 
 
 def chains(trace: Trace, *, costly: bool = False) -> dict[int, Chain]:
@@ -164,6 +177,8 @@ class _Looking:
             return False
         ops = [self.trace.ops[i] for i in self.own[call]]
         if any(word in op.name for op in ops for word in (*RANDOM, *_PERHAPS)) or self._gives_more(call):
+            return False
+        if writes_others_buffers(self.trace, ops, self.trace.modules[call].fqn):
             return False
         return all(op.kernel in _CHEAP for op in ops) or (self.costly and call not in self.parents)
 

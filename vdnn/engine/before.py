@@ -17,14 +17,38 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn.modules.batchnorm import _NormBase
 
-__all__ = ["PLAIN", "Before", "buffers_read", "trained_as"]
+__all__ = ["PLAIN", "Before", "buffers_read", "trained_as", "untransformed", "version_of"]
 
 PLAIN = (int, float, bool, str, type(None))
 _SEVERAL = (list, dict, set)  # what is in one of these is put back, too; what those in turn hold is not
 _OF_TORCH = frozenset(nn.Module().__dict__) - {"training"}
 _Buffers = dict[str, tuple[torch.Tensor, int]]
+
+
+@contextlib.contextmanager
+def untransformed() -> Iterator[None]:
+    """Outside of vmap: `autograd.grad(…, is_grads_batched=True)` runs backward in one, and forward was not.
+
+    What is saved is no batch of it, and in one no random numbers can be drawn.
+    """
+    levels = torch._C._vmapmode_increment_nesting() - 1  # of the one that autograd uses; torch.func has its own
+    torch._C._vmapmode_decrement_nesting()
+    for _ in range(levels):
+        torch._C._vmapmode_decrement_nesting()
+    try:
+        with temporarily_clear_interpreter_stack():
+            yield
+    finally:
+        for _ in range(levels):
+            torch._C._vmapmode_increment_nesting()
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How often it was changed in place; 0 of one that was made in inference mode, which does not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def buffers_read(module: nn.Module) -> _Buffers:
@@ -33,7 +57,7 @@ def buffers_read(module: nn.Module) -> _Buffers:
     author = getattr(type(module).forward, "__module__", "").partition(".")[0]
     if isinstance(module, _NormBase) and module.training and author in ("torch", "timm"):
         return {}
-    return {name: (buffer, buffer._version) for name, buffer in module._buffers.items() if buffer is not None}
+    return {name: (buffer, version_of(buffer)) for name, buffer in module._buffers.items() if buffer is not None}
 
 
 @contextlib.contextmanager
@@ -67,7 +91,7 @@ class Before:
                 had = {name: _copy(value) for name, value in part.__dict__.items() if _put_back(name, value)}
                 self._attributes.append((part, frozenset(part.__dict__), had))
         self._tensors = [
-            (name, type(part).__name__, tensor, _version(tensor))
+            (name, type(part).__name__, tensor, version_of(tensor))
             for part, _, had in self._attributes
             for name, value in had.items()
             for tensor in _tensors_in(value)
@@ -81,10 +105,10 @@ class Before:
         """
         for part, buffers in self._buffers:
             for name, (buffer, version) in buffers.items():
-                if part._buffers.get(name) is not buffer or buffer._version != version:
+                if part._buffers.get(name) is not buffer or version_of(buffer) != version:
                     return f"the buffer {name} of a {type(part).__name__}"
         for name, of, tensor, version in self._tensors:
-            if _version(tensor) != version:
+            if version_of(tensor) != version:
                 return f"the tensor {name} of a {of}"
         return ""
 
@@ -96,7 +120,7 @@ class Before:
             RuntimeError: one of the tensors was changed in place since.
         """
         for name, of, tensor, version in self._tensors:
-            if _version(tensor) != version:
+            if version_of(tensor) != version:
                 raise RuntimeError(
                     "one of the variables needed for gradient computation has been modified by an inplace operation: "
                     f"the tensor {name} {[*tensor.shape]} of a {of} that runs again is at version {tensor._version}; "
@@ -128,7 +152,3 @@ def _copy(value: Any) -> Any:
 def _tensors_in(value: Any) -> list[torch.Tensor]:
     inside = value.values() if type(value) is dict else value if type(value) in _SEVERAL else (value,)
     return [one for one in inside if isinstance(one, torch.Tensor)]
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version

@@ -26,7 +26,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from vdnn.calls import Frame, Hook
-from vdnn.engine.before import PLAIN, Before
+from vdnn.engine.before import PLAIN, Before, version_of
 from vdnn.engine.device import Device, is_plain
 from vdnn.engine.recomputed import Layout, RecomputedStorage, Rerun
 
@@ -230,11 +230,11 @@ class _Held:
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor
         self._trained = tensor.requires_grad
-        self._version = tensor._version
+        self._version = version_of(tensor)
 
     def get(self) -> torch.Tensor:
         tensor = self._tensor
-        if tensor._version != self._version:
+        if version_of(tensor) != self._version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: a "
                 f"tensor {list(tensor.shape)} that a block takes, which runs again, is at version {tensor._version}; "
@@ -268,12 +268,12 @@ class _Leaf:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = weakref.ref(tensor)
-        self._version = tensor._version
+        self._version = version_of(tensor)
 
     def is_of(self, other: Any) -> bool:
         """Whether this is the tensor as it was. A hook on the module's backward gives it an alias of it."""
         tensor = self._tensor()
-        if tensor is None or not isinstance(other, torch.Tensor) or other._version != self._version:
+        if tensor is None or not isinstance(other, torch.Tensor) or version_of(other) != self._version:
             return False
         if tensor is other:
             return True

@@ -20,6 +20,7 @@ import torch
 from vdnn.calls import Frame
 from vdnn.engine.account import Counts
 from vdnn.engine.arena import Arena
+from vdnn.engine.before import untransformed
 from vdnn.engine.blocks import BlockRun
 from vdnn.engine.device import Device, is_plain
 from vdnn.engine.encoded import EncodedStorage, windows_of
@@ -340,7 +341,8 @@ class Offloader:
                 return restore_kept(packed.kept)
             # behind the prefetches: the copies go on while it is made
             if isinstance(packed.storage, RecomputedStorage) and packed.storage.dropped:
-                made = packed.storage.make(self.unpack)  # which may make others
+                with untransformed():
+                    made = packed.storage.make(self.unpack)  # which may make others
                 self.counts.recomputed_storages += made
             return packed.restore()
 

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from vdnn.calls import Hook
-from vdnn.engine.before import Before, buffers_read, trained_as
+from vdnn.engine.before import Before, buffers_read, trained_as, version_of
 from vdnn.engine.device import Device, byte_view, is_plain
 from vdnn.engine.remade import RemadeStorage
 from vdnn.engine.storage import extent, same_counter, typed
@@ -40,7 +40,7 @@ class Layout:
         self.stride = tensor.stride()
         self.offset = tensor.storage_offset()
         self.dtype = tensor.dtype
-        self.version = tensor._version
+        self.version = version_of(tensor)
         self.first, self.nbytes = extent(tensor)
 
     def holds(self, other: Layout) -> bool:
@@ -74,7 +74,7 @@ class Rerun:
         self.before = before
         self.buffers = [pair for m in module.modules() if m._buffers for pair in buffers_read(m).values()]
         self.parts = [(m, dict(m._parameters), dict(m._buffers), m.training) for m in module.modules()]
-        self.versions = [p._version for p in self._parameters()]
+        self.versions = [version_of(p) for p in self._parameters()]
         both = (t for _, parameters, buffers, _ in self.parts for t in (*parameters.values(), *buffers.values()))
         self.trained = [(tensor, tensor.requires_grad) for tensor in both if tensor is not None]
         self.autocast = (
@@ -91,14 +91,14 @@ class Rerun:
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], grad: bool) -> Any:
         """The module's forward, as it was; `grad` says whether autograd watches."""
         for parameter, version in zip(self._parameters(), self.versions, strict=True):
-            if parameter._version != version:
+            if version_of(parameter) != version:
                 raise RuntimeError(
                     "one of the variables needed for gradient computation has been modified by an inplace operation: "
                     f"a parameter {list(parameter.shape)} of a {type(self.module).__name__}, with which a feature map "
                     f"is computed again, is at version {parameter._version}; expected version {version} instead"
                 )
         for buffer, version in self.buffers:
-            if buffer._version != version:
+            if version_of(buffer) != version:
                 raise RuntimeError(
                     f"a buffer {list(buffer.shape)} of a {type(self.module).__name__}, with which a feature map is "
                     f"computed again, was changed since forward: it is at version {buffer._version}; expected version "
