@@ -53,6 +53,38 @@ def test_fingerprints_are_equal_only_for_equal_traces(pair: list[Any]) -> None:
     assert (pair[0].fingerprint() == pair[1].fingerprint()) is (pair[0] == pair[1])
 
 
+# -- notes ---------------------------------------------------------------------------------------
+
+NOTED = Plan("budget", "m", 1, "cuda", "", 1 << 30, PLAN.entries, notes=("no plan takes less than 2 ms here",))
+
+
+def test_a_plan_that_was_changed_by_hand_does_not_keep_the_notes_of_the_old_one() -> None:
+    """The gap, the bound and the predicted time of the plan as it was were printed for what was left of it."""
+    text = dumps(NOTED)
+    assert loads(text).notes == NOTED.notes
+    edited = loads(text.replace('"why":"small"', '"why":"mine"'))
+    assert edited.entries[0].action == Keep("mine")
+    assert "no plan takes less" not in " ".join(edited.notes)
+    assert "changed after it was made" in edited.notes[0]
+    assert loads(dumps(edited)) == edited  # and what is written again is read as it is
+    larger = loads(text.replace(f'"budget_bytes":{1 << 30}', f'"budget_bytes":{1 << 31}'))
+    assert larger.notes == edited.notes
+
+
+def test_notes_stay_where_only_the_layout_or_the_notes_themselves_are_changed() -> None:
+    data = json.loads(dumps(NOTED))
+    assert loads(json.dumps(data, indent=2, sort_keys=True)) == NOTED
+    data["value"]["notes"] = ["mine"]
+    assert loads(json.dumps(data)).notes == ("mine",)
+
+
+def test_a_file_without_a_digest_of_what_its_notes_are_about_is_read_as_it_is() -> None:
+    data = json.loads(dumps(NOTED))
+    del data["noted"]
+    assert loads(json.dumps(data)) == NOTED
+    assert "noted" not in json.loads(dumps(PLAN))
+
+
 # -- what cannot be read -------------------------------------------------------------------------
 
 

@@ -4,7 +4,9 @@
 
 A frozen dataclass becomes an object with its fields. A tuple of *records* (dataclasses marked with
 `@record`) becomes a table, `{"columns": […], "rows": [[…], …]}`: a trace has thousands of ops, and naming
-the fields of each would double its file. A file whose name ends in `.gz` is gzipped.
+the fields of each would double its file. A file whose name ends in `.gz` is gzipped. The envelope of a plan
+has one thing more, `"noted"`: a digest of all but its notes, which tell what the simulator made of it. Where a file was
+changed by hand since, they are left out.
 """
 
 from __future__ import annotations
@@ -30,15 +32,21 @@ __all__ = ["decode", "dumps", "encode", "fingerprint", "kind_of", "load", "loads
 
 T = TypeVar("T")
 _KINDS: dict[str, tuple[type, int]] = {}
+_CHANGED: dict[str, str] = {}
 _RECORDS: set[type] = set()
 _PLAIN = frozenset((int, str, float, bool, type(None)))
 
 
-def value(kind: str, version: int) -> Callable[[type[T]], type[T]]:
-    """Register a frozen dataclass as a value with a file form of its own."""
+def value(kind: str, version: int, *, changed: str = "") -> Callable[[type[T]], type[T]]:
+    """Register a frozen dataclass as a value with a file form of its own.
+
+    `changed` is what stands for its notes where a file was changed after they were made; "": they tell of nothing else.
+    """
 
     def register(cls: type[T]) -> type[T]:
         _KINDS[kind] = (cls, version)
+        if changed:
+            _CHANGED[kind] = changed
         return cls
 
     return register
@@ -80,9 +88,19 @@ def encode(obj: Any) -> Any:
 
 def dumps(obj: Any) -> str:
     """The JSON text of a value, in its envelope."""
-    kind = kind_of(obj)
-    envelope = {"vdnn": kind, "version": _KINDS[kind][1], "value": encode(obj)}
-    return json.dumps(envelope, separators=(",", ":"), allow_nan=False)
+    kind, data = kind_of(obj), encode(obj)
+    noted = {"noted": _noted(data)} if kind in _CHANGED and obj.notes else {}
+    return _text({"vdnn": kind, "version": _KINDS[kind][1], **noted, "value": data})
+
+
+def _text(data: Any) -> str:
+    return json.dumps(data, separators=(",", ":"), allow_nan=False)
+
+
+def _noted(data: Any) -> str:
+    """Sixteen hex digits of what notes are about: all the rest, however it is laid out in the file."""
+    rest = {name: part for name, part in data.items() if name != "notes"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]
 
 
 _FINGERPRINTS: deque[tuple[Any, str]] = deque(maxlen=4)
@@ -96,7 +114,9 @@ def fingerprint(obj: Any) -> str:
     for known, digits in _FINGERPRINTS:
         if known is obj:
             return digits
-    digits = hashlib.sha256(dumps(obj).encode()).hexdigest()[:16]
+    kind = kind_of(obj)
+    bare = _text({"vdnn": kind, "version": _KINDS[kind][1], "value": encode(obj)})
+    digits = hashlib.sha256(bare.encode()).hexdigest()[:16]
     _FINGERPRINTS.append((obj, digits))
     return digits
 
@@ -169,6 +189,8 @@ def loads(text: str, kind: str | None = None, name: str = "the text") -> Any:
         raise FormatError(f"{name} has {found} format {data['version']}, this vdnn reads {version}: make it again")
     try:
         obj: Any = decode(cls, data.get("value"))
+        if found in _CHANGED and data.get("noted", "") not in ("", _noted(data["value"])):
+            obj = dataclasses.replace(obj, notes=(_CHANGED[found],))
         check = getattr(obj, "check", None)
         if check is not None:
             check()

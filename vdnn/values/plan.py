@@ -200,7 +200,7 @@ class ConvChoice:
     backward: str
 
 
-@value("plan", 1)
+@value("plan", 1, changed="changed after it was made: what its notes said of it then is left out")
 @dataclass(frozen=True, slots=True)
 class Plan:
     """One action per saved storage, and a default for saved tensors that the plan has not seen.
