@@ -2,7 +2,8 @@
 
 `vdnn-dyn` and `capuchin` judge by live bytes, which is what vDNN's pool and a virtual device count. PyTorch's caching
 allocator rounds and fragments: if a plan does not fit its model, the policy is asked again for as much less as was
-missing.
+missing. That may ask too much: what is missing now need not be missing from a plan that moves more, and a convolution's
+workspace, which lives, is done without where it finds no room. So what `vdnn-dyn` chooses from is tried last.
 """
 
 from __future__ import annotations
@@ -29,9 +30,32 @@ def budgeted_plan(policy: str, trace: Trace, hardware: Hardware, options: Option
     Where none was found to fit, `capuchin` gives the last one that it tried.
 
     Raises:
-        InfeasibleError: of vdnn-dyn, the pass with the least memory does not fit.
+        InfeasibleError: of vdnn-dyn, not even offloading all fits.
     """
     there = options.budget_bytes or hardware.available_bytes
+    try:
+        return _shrunk(policy, trace, hardware, options, there)
+    except InfeasibleError:
+        plan = _fixed(trace, hardware, options, there) if policy == "vdnn-dyn" else None
+        if plan is None:
+            raise
+        return plan
+
+
+def _fixed(trace: Trace, hardware: Hardware, options: Options, there: int) -> Plan | None:
+    """The first that fits of the plans that vdnn-dyn chooses from, as the allocator's model has it."""
+    names = ("vdnn-conv-p", "vdnn-all-p", "vdnn-all-m") if options.table else ("vdnn-conv-m", "vdnn-all-m")
+    for name in names:
+        plan = decide(name, trace, hardware, replace(options, budget_bytes=None))
+        if simulate_step(trace, plan, hardware, memory_limit=there, regime=options.regime).fits:
+            chosen = f"{name.split('-')[1]}({name[-1]})"
+            why = f"by the bytes that live nothing fits into {format_bytes(there)}, by the allocator's model it does"
+            notes = (f"vdnn-dyn chose {chosen}", why, *plan.notes)
+            return replace(plan, policy="vdnn-dyn", budget_bytes=options.budget_bytes, notes=notes)
+    return None
+
+
+def _shrunk(policy: str, trace: Trace, hardware: Hardware, options: Options, there: int) -> Plan:
     budget = there
     for _ in range(_TRIES):
         try:
