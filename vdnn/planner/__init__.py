@@ -1,7 +1,7 @@
 """Search: plans that are judged by the simulator before anyone runs them, and bounds that no plan goes below."""
 
 from vdnn.planner.bound import Bound, least_memory, time_bound
-from vdnn.planner.budget import Planned, best_plan, least_plan, plan_for_budget
+from vdnn.planner.budget import Planned, best_plan, least_plan, plan_for_budget, some_plan
 from vdnn.planner.gaps import GapParts, gap_parts
 from vdnn.planner.scaling import scaled_plan
 from vdnn.planner.shrinking import BUDGETED, budgeted_plan
@@ -18,5 +18,6 @@ __all__ = [
     "least_plan",
     "plan_for_budget",
     "scaled_plan",
+    "some_plan",
     "time_bound",
 ]

@@ -36,7 +36,7 @@ from vdnn.values.plan import Encode, Offload, Plan, Recompute
 from vdnn.values.result import RunResult
 from vdnn.values.trace import Trace
 
-__all__ = ["Planned", "best_plan", "least_plan", "plan_for_budget"]
+__all__ = ["Planned", "best_plan", "least_plan", "plan_for_budget", "some_plan"]
 
 # Policies that are candidates, too; all that the engine executes on the step as it is.
 _CANDIDATES = (
@@ -181,6 +181,31 @@ def _best_of(
     return search.gave_up > 0, best
 
 
+@without_collecting()
+def some_plan(trace: Trace, hardware: Hardware, budget_bytes: int, options: Options | None = None) -> Plan | None:
+    """A plan that fits, whatever its time, found in a fraction of the time that the best one takes; None if none is.
+
+    What it finds the search for the best one finds, too.
+    """
+    options = options or Options()
+    search = Search(trace, hardware, options)
+    room = max(budget_bytes - held_bytes(trace, hardware), 1)
+
+    def tried() -> Iterator[Plan]:
+        yield decide("none", trace, hardware, options)
+        yield from _candidates(trace, hardware, options, budget_bytes)
+        for found in search.tight(budget_bytes, room):
+            yield _plan(search, found)
+
+    for plan in tried():
+        step = planned(trace, plan)
+        if max(requested(step, resolve(plan, step)), default=0) > budget_bytes:
+            continue
+        if simulate_step(trace, plan, hardware, memory_limit=budget_bytes).fits:
+            return replace(plan, policy="budget", budget_bytes=budget_bytes)
+    return None
+
+
 def _time(trace: Trace, plan: Plan, hardware: Hardware) -> int:
     """The step's time under a plan, without its memory."""
     step = planned(trace, plan)
@@ -209,6 +234,7 @@ def _searched(search: Search, budget: int, seconds: float, bound_ns: int) -> Ite
     if short or not fitting or min(found.time_ns for found in fitting) > (1 + _FAR) * bound_ns:
         low = (found for found in sorted(search.least(), key=lambda found: found.rank) if search.fits(found, budget))
         fitting += islice(low, max(count // 2, 2))
+    fitting = fitting or list(islice(search.tight(budget, room), 2))
     better, left = [], _IMPROVING[short]
     for place, found in enumerate(sorted(fitting, key=lambda found: found.rank), 1):
         before = search.work

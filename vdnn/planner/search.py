@@ -41,6 +41,7 @@ _RUNS = (40, 5, 3, 0)
 _LEAST_TOLD = 3  # programs that are solved in any case
 _BREAKPOINTS = 450  # of a seed's program: coarser than the bound's
 _REFITS = 4
+_TIGHT = 4  # ways to need little memory that are tried at many targets
 _SMALL = 1000  # ops of a step of which more starts can be tried
 
 
@@ -320,6 +321,19 @@ class Search:
             # as little is requested with prefetches where there is room, and the allocator may make more of that
             found.append(self.judge(choice, away, found[-1].requested_bytes, 0))
         return sorted(found, key=lambda one: (one.requested_bytes, one.time_ns))
+
+    def tight(self, budget: int, room: int) -> Iterator[Found]:
+        """Ways to run in little more than the least memory that fit, as the allocator's model has it.
+
+        How much the allocator takes beside what is requested jumps with each change of the order: where nothing else
+        was found, one of many targets may do.
+        """
+        wanted = list(dict.fromkeys(found.choice for found in self.least()))[:_TIGHT]
+        for part in range(32, 14, -1):
+            for choice in wanted:
+                found = self.fill(choice, {}, room * part // 32)
+                if found.requested_bytes <= room and self.fits(found, budget):
+                    yield found
 
     def cut(self, wanted: Collection[int], cap: int, chosen: frozenset[int] = frozenset()) -> frozenset[int]:
         """What is computed again, without those at which a run of it would grow beyond the cap in bytes.
