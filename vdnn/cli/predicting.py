@@ -55,6 +55,9 @@ from vdnn.values import load as load_value
 
 __all__ = ["capture", "compare", "max_batch", "plan", "simulate"]
 
+# Policies whose largest batch is looked for if none is named; each takes some captures.
+_LARGEST = ("none", "vdnn-conv", "vdnn-all", "checkpoint", BUDGET)
+
 BAND = 0.1  # of the figure of measured results: what is wished of a prediction of time
 
 
@@ -283,12 +286,18 @@ def compare(
 def max_batch(
     model: ModelName,
     gpu: Gpu,
-    policy: Policies = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--policy", "--policies", help=f"A policy; again for another; all. Default: {', '.join(_LARGEST)}."
+        ),
+    ] = None,
     memory: Annotated[str, typer.Option(help="Device memory, 12GiB, instead of the GPU's.")] = "",
     precision: Precision = "fp32",
     optimizer: Optimizer = "sgd",
     rules: Rules = "event",
     options: ModelOptions = None,
+    no_cache: NoCache = False,
     as_json: Json = False,
 ) -> None:
     """Find the largest batch that fits under each policy, and what a sample then takes.
@@ -297,24 +306,27 @@ def max_batch(
 
     Example: vdnn max-batch torchvision:resnet50 --gpu rtx4090 --precision amp
     """
+    from vdnn.batches import fitting
     from vdnn.policies import Options, distinct, names
     from vdnn.reporting import batches_table, result_rows
 
     chosen = None if policy in (None, ["all"]) else policy
     for name in chosen or ():
         must_be_policy(name)
+    every = (*distinct(names(), Options()), BUDGET) if policy == ["all"] else _LARGEST
     hardware(gpu)
     if model.endswith((".json", ".json.gz")):
         raise UsageError(f"{model} is a trace of one batch: name the model, it is captured at several")
     results: list[RunResult] = []
     traces: dict[Any, Trace] = {}
     left_out = LeftOut(chosen)
-    for name in sorted(chosen or (*distinct(names(), Options()), BUDGET), key=lambda name: name != "none"):
+    for name in sorted(chosen or every, key=lambda name: name != "none"):
         search = f"looking for the largest batch of {model} under {name}"
         with left_out.unless_it_can_be(name), busy(search, told=True):
             best, _ = api.max_batch(
                 model, gpu, name, memory=memory or None, precision=precision, optimizer=optimizer,
-                model_options=model_options(options), traces=traces, rules=rules,
+                model_options=model_options(options), traces=traces, cached=not no_cache,
+                start=fitting(name, {result.policy: result.batch for result in results}), rules=rules,
             )  # fmt: skip
             results.append(best)
     left_out.tell()
