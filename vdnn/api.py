@@ -154,6 +154,8 @@ def max_batch(
     limit: int = 1 << 16,
     model_options: Mapping[str, object] | None = None,
     traces: dict[Any, Trace] | None = None,
+    cached: bool = False,
+    start: int = 0,
     **options: Any,
 ) -> tuple[RunResult, RunResult | None]:
     """The largest batch of a model that fits on a GPU under a policy: the results there, and at the next that does not.
@@ -166,31 +168,32 @@ def max_batch(
         limit: no larger batch is tried; the second result is None if that one fits, or the next one has no plan.
         model_options: of the model, such as {"image_size": 288}.
         traces: captures by step, filled here: give the same to several calls.
+        cached: look for captures on disk, too, and keep new ones there (vdnn.trace_cache).
+        start: a batch that should fit, if one is known, such as what fits under a policy that moves less.
         options: of the policy.
 
     Raises:
         UsageError: an unknown name or option.
         InfeasibleError: a batch of 1 does not fit.
     """
-    from vdnn.batches import largest_batch
-    from vdnn.planner import BUDGETED
+    from vdnn.batches import Asked, max_batch_of
     from vdnn.policies import model_options as options_of
     from vdnn.units import parse_size
 
     machine = named_hardware(hardware)
-    there = machine.available_bytes if memory is None else parse_size(memory)
-    given = {**({} if policy == BUDGET else options_of(policy)), **(model_options or {})}
-    budget = there if policy in (BUDGET, *BUDGETED) else None
-    found = {} if traces is None else traces
-
-    def simulated(batch: int) -> RunResult:
-        key = (model, batch, tuple(sorted(given.items())), precision, optimizer)
-        if key not in found:
-            found[key] = capture(load(model, batch, **given), precision=precision, optimizer=optimizer)
-        trace = found[key]
-        return simulate(trace, choose_plan(trace, machine, policy, budget, options), machine, memory_limit=there)
-
-    return largest_batch(simulated, there, limit=limit)
+    asked = Asked(
+        model,
+        {**({} if policy == BUDGET else options_of(policy)), **(model_options or {})},
+        machine,
+        machine.available_bytes if memory is None else parse_size(memory),
+        precision,
+        optimizer,
+        options,
+        limit,
+        {} if traces is None else traces,
+        cached,
+    )
+    return max_batch_of(asked, policy, start)
 
 
 def run(
@@ -229,6 +232,7 @@ def run(
         must_run(policy)
     place, machine = find_place(device), named_hardware(hardware)
     kind = "cuda" if place == "cuda" else "cpu"
+    _must_be_for(kind, plan)
     trace = capture(work, precision=precision, optimizer=optimizer, device=kind)
     again, its_trace = work, trace
     if policy and "checkpoint" in model_options(policy) and "checkpoint" not in dict(work.options):
@@ -306,11 +310,7 @@ def wrap(
             return model
         device = CudaDevice(place.index)
     kind = "cuda" if isinstance(device, CudaDevice) else "cpu"
-    if plan is not None and plan.device != kind:
-        raise PlanMismatchError(
-            f"the plan is for the step of a {plan.device} device, and this one runs on {kind}, where other tensors are "
-            f"saved: capture the model with device={kind!r} and plan again"
-        )
+    _must_be_for(kind, plan)
     decider = Decider(
         device,
         named_hardware(hardware) if hardware is not None else machine_of(device),
@@ -328,6 +328,15 @@ def wrap(
             unwrap(model)
             raise
     return model
+
+
+def _must_be_for(kind: str, plan: Plan | None) -> None:
+    if plan is not None and plan.device != kind:
+        here = "a virtual device's tensors are on the CPU, where" if kind == "cpu" else "on this CUDA device"
+        raise PlanMismatchError(
+            f"the plan is for the step of a {plan.device} device, and {here} other tensors are saved: capture the "
+            f"model with device={kind!r} and plan again (`vdnn plan MODEL --device {kind} … -o FILE`)"
+        )
 
 
 def _must_be_device(device: object) -> None:

@@ -28,7 +28,7 @@ log = logging.getLogger("vdnn")
 # More files than that, and the oldest go: a trace takes 10 KB to 1 MB.
 MOST = 300
 _LIBRARIES = ("torch", "torchvision", "timm", "transformers")
-_SOURCES = ("tracing", "models", "calls.py", "values")
+_SOURCES = ("tracing", "models", "calls.py", "checkpointing.py", "values")
 
 
 def folder() -> Path:

@@ -108,6 +108,21 @@ def test_a_mistake_is_one_sentence_and_exit_code_two(trace: Path, arguments: tup
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a plan for CUDA runs on it")
+def test_a_plan_for_another_device_says_how_to_make_one_for_this(tmp_path: Path) -> None:
+    """It said that the saved tensors differ, and to plan from "this trace", which nobody had seen."""
+    asked = ("demo:cnn", "--batch", "2", "--gpu", "t4")
+    plan = ("plan", *asked, "--policy", "vdnn-all")
+    assert vdnn(*plan, "-o", str(tmp_path / "cuda.json")).returncode == 0
+    run = ("run", *asked, "--steps", "2", "--plan")
+    refused = vdnn(*run, str(tmp_path / "cuda.json"))
+    assert refused.returncode == 2
+    assert "`vdnn plan MODEL --device cpu … -o FILE`" in refused.stderr
+    assert vdnn(*plan, "--device", "cpu", "-o", str(tmp_path / "cpu.json")).returncode == 0
+    done = vdnn(*run, str(tmp_path / "cpu.json"))
+    assert done.returncode == 0, done.stderr
+
+
 def test_run_prints_prediction_beside_measurement(tmp_path: Path) -> None:
     done = vdnn("run", "demo:cnn", "--batch", "2", "--steps", "2", "--gpu", "t4", "--policy", "vdnn-all",
                 "--min-bytes", "1KiB", "--device", "virtual", "--json", "-o", "result.json", cwd=tmp_path)  # fmt: skip

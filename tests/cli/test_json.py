@@ -92,6 +92,36 @@ def test_advise_and_max_batch(files: Path) -> None:
     assert f"none {rows[0]['batch']} " in text
 
 
+def test_a_table_of_gpus_is_one_table() -> None:
+    """Twenty GPUs had the rates both ways together in a second table, far below."""
+    lines = vdnn("list", "gpus").stdout.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert sum(line.startswith("rtx4090 ") for line in lines) == 1
+
+
+def test_fit(tmp_path: Path) -> None:
+    asked = ("fit", "--folder", "results/fidelity/runs", "-o")
+    rows = json.loads(vdnn(*asked, str(tmp_path / "one.toml"), "--json").stdout)
+    text = vdnn(*asked, str(tmp_path / "two.toml")).stdout
+    assert len(rows) == 5
+    for row in rows:
+        assert {*row} == {"rows_of", "kept_out", "rows", "median", "p90", "bias"}
+        assert f"| {row['rows_of']} | {row['kept_out']} | {row['rows']} | {row['median']:.1%} |" in text
+
+
+def test_the_library_and_the_shell_have_the_same_numbers() -> None:
+    import vdnn as library
+
+    asked = ("demo:cnn", "--batch", "8", "--gpu", "titan-x", "--rules", "paper", "--policy", "vdnn-conv")
+    row = json.loads(vdnn("compare", *asked, "--json", "--no-cache").stdout)[1]
+    trace = library.capture(library.load("demo:cnn", batch=8))
+    plan = library.plan(trace, "titan-x", "vdnn-conv", rules="paper")
+    result = library.simulate(trace, plan, "titan-x")
+    assert row["iteration_time_ns"] == result.iteration_time_ns
+    assert row["peak_reserved_bytes"] == result.peak_reserved_bytes
+    assert row["offloaded_bytes"] == result.offloaded_bytes > 0
+
+
 def test_reproduction() -> None:
     rows, text = both("reproduction", "results/paper")
     for row in rows:

@@ -90,7 +90,7 @@ def test_a_plan_for_a_gpu_is_refused_on_a_virtual_device() -> None:
     model = small()
     trace = vdnn.capture(model, torch.randn(4, 8))
     plan = vdnn.plan(trace, policy="vdnn-all", min_bytes=1)
-    with pytest.raises(PlanMismatchError, match="capture the model with device='cpu'"):
+    with pytest.raises(PlanMismatchError, match="capture the model with device='cpu' and plan again"):
         vdnn.wrap(model, plan=plan, device=vdnn.VirtualDevice())
 
 

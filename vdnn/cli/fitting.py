@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from vdnn.cli.arguments import CaptureMissing, CapturesFolder, Data, Force, must_be_free
+from vdnn.cli.arguments import CaptureMissing, CapturesFolder, Data, Force, Json, must_be_free
 from vdnn.errors import UsageError
 
 __all__ = ["fit", "study"]
@@ -53,6 +55,7 @@ def fit(
     capture: CaptureMissing = True,
     folder: Annotated[Path, typer.Option(help="Where the fits are kept.")] = Path("results/fidelity/runs"),
     output: Annotated[Path, typer.Option("-o", "--output", help="The file of fitted numbers.")] = Path("fitted.toml"),
+    as_json: Json = False,
     force: Force = False,
 ) -> None:
     """Fit the cost model's numbers to measurements, and print how far predictions of rows left out are off.
@@ -63,7 +66,7 @@ def fit(
     """
     from rich.console import Console
 
-    from vdnn.fidelity.times import fitted_text, summary_lines
+    from vdnn.fidelity.times import fitted_text, summaries, summary_lines
 
     must_be_free(output, force, (".toml",))
     console = Console(stderr=True)
@@ -76,6 +79,10 @@ def fit(
             force,
             lambda what, done, total: status.update(f"{what} {f'({done + 1} of {total})' if total else ''}…"),
         )
-    typer.echo("\n".join(summary_lines(folder)))
+    if as_json:
+        rows = [{"rows_of": what, "kept_out": how, **asdict(s)} for (what, how), s in summaries(folder).items()]
+        typer.echo(json.dumps(rows, indent=1))
+    else:
+        typer.echo("\n".join(summary_lines(folder)))
     output.write_text(fitted_text(folder, "vdnn fit --data DIR"))
     typer.echo(f"Wrote {output}", err=True)

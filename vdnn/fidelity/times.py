@@ -47,6 +47,7 @@ __all__ = [
     "kernel_lines",
     "read_predictions",
     "run_study",
+    "summaries",
     "summary_lines",
 ]
 
@@ -205,22 +206,24 @@ def read_predictions(folder: Path) -> list[Prediction]:
     return found
 
 
+def summaries(folder: Path) -> dict[tuple[str, str], Score]:
+    """Scores by what was predicted and how it was kept out of the fit."""
+    found: dict[tuple[str, str], Score] = dict(by_group(read_predictions(folder), lambda p: (p.what, p.how)))
+    kernels = read_kernel_errors(folder)
+    for how in sorted({how for how, _, _ in kernels}):
+        errors = [e for (one, _, _), rows in kernels.items() if one == how for e in rows]
+        found["fp32 kernels, all GPUs", how] = score_of_errors(errors)
+    return found
+
+
 def summary_lines(folder: Path) -> list[str]:
-    """Scores by what was predicted and how it was kept out of the fit, as a Markdown table."""
+    """The same as a Markdown table."""
     lines = [
         "| rows | kept out of the fit | number | median | 90th percentile | bias |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
-
-    def line(what: str, how: str, score: Score) -> None:
+    for (what, how), score in summaries(folder).items():
         lines.append(f"| {what} | {how} | {score.rows} | {score.median:.1%} | {score.p90:.1%} | {score.bias:+.1%} |")
-
-    for (what, how), score in by_group(read_predictions(folder), lambda p: (p.what, p.how)).items():
-        line(what, how, score)
-    kernels = read_kernel_errors(folder)
-    for how in sorted({how for how, _, _ in kernels}):
-        errors = [e for (one, _, _), rows in kernels.items() if one == how for e in rows]
-        line("fp32 kernels, all GPUs", how, score_of_errors(errors))
     return lines
 
 

@@ -357,7 +357,7 @@ def hardware_table(machines: Iterable[Hardware]) -> Sheet:
     rows = [
         (
             r["id"],
-            r["name"],
+            r["name"].removeprefix("NVIDIA "),
             f"{r['memory_bytes'] / 2**30:.1f}",
             f"{r['available_bytes'] / 2**30:.1f}",
             f"{r['float32_flops_per_s'] / 1e12:.1f}",
@@ -370,8 +370,8 @@ def hardware_table(machines: Iterable[Hardware]) -> Sheet:
     columns = (
         Column("id", words=True),
         Column("GPU", words=True),
-        Column("memory\n[GiB]"),
-        Column("for steps\n[GiB]"),
+        Column("total\n[GiB]"),
+        Column("usable\n[GiB]"),
         Column("fp32\n[Tflop/s]"),
         Column("fp16\n[Tflop/s]"),
         Column("DRAM\n[GB/s]"),

@@ -284,7 +284,7 @@ def _explained(capture: Watch, error: Exception, name: str) -> CaptureError:
     if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
         return CaptureError(
             f"{name} cannot be captured: {module} asks for the value of a tensor ({error}), and a capture has shapes "
-            "only; take that branch out of forward, or wrap the real model: it then plans from its first step"
+            "only; take that branch out of forward, or go without a plan: vdnn.wrap offloads such a model by rule"
         )
     if "convert all Tensors to FakeTensors" in str(error):
         return CaptureError(
