@@ -139,6 +139,15 @@ def another_tensor_that_a_block_takes_is_changed_after(engine: ModuleType) -> No
         torch.autograd.grad(loss, x)
 
 
+@scenario
+def another_tensor_that_a_block_takes_is_frozen_after(engine: ModuleType) -> None:
+    other = torch.arange(16.0).requires_grad_()
+    _, loss, x = _of(_Other(), engine, other)
+    other.requires_grad_(False)
+    torch.autograd.grad(loss, x)
+    expect(not other.requires_grad, "what was frozen is trained again")
+
+
 class _Twice(nn.Module):
     """A block that saves a tensor, for something that nobody wants, changes it, and saves it again."""
 
