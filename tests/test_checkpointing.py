@@ -138,3 +138,34 @@ def test_statistics_of_a_module_that_a_block_is_given_are_counted_once() -> None
         one(x).square().mean().backward()
     assert all(torch.equal(a, b) for a, b in zip(plain.buffers(), model.buffers(), strict=True))
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain.parameters(), model.parameters(), strict=True))
+
+
+class Carrying(nn.Module):
+    """A block that adds what it gave the last time, under its own weights or others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.drop, self.last = nn.Linear(4, 4), nn.Dropout(0.5), torch.zeros(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.drop(torch.tanh(self.one(x * self.last.cos())))
+        self.last = y.detach().mean(0)
+        return x + y
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["own weights", "fast weights"])
+def test_a_block_is_recomputed_with_the_weights_and_the_state_of_its_forward(fast: bool) -> None:
+    """A state that a block carries, and weights of `functional_call`, were those of the next call: wrong gradients."""
+    plain = nn.Sequential(nn.Linear(4, 4), Carrying(), Carrying())
+    model, x = copy.deepcopy(plain), torch.randn(6, 4)
+    checkpoint_blocks(model)
+    outcomes = []
+    for one in (plain, model):
+        torch.manual_seed(0)
+        weights = dict(one.named_parameters())
+        if fast:
+            slopes = torch.autograd.grad(one(x).square().mean(), list(weights.values()), create_graph=True)
+            weights = {name: p - 0.5 * s for (name, p), s in zip(weights.items(), slopes, strict=True)}
+        (torch.func.functional_call(one, weights, (x,)) + one(x)).square().mean().backward()
+        outcomes.append([p.grad for p in one.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))

@@ -5,9 +5,10 @@
     undo()
 
 It is `torch.utils.checkpoint` (non-reentrant) around each block's forward, with three things put right. Buffers that
-forward updates, such as the statistics of a batch norm, are updated once, not again by the recomputation, and what was
-frozen in forward is, too, when it is recomputed. And a block that changes its input in place is an error at once:
-gradients recomputed from it would be wrong. (An input that is changed later is autograd's own error, in backward.)
+forward updates, such as the statistics of a batch norm, are updated once, not again by the recomputation. A block is
+recomputed with the mode, weights and attributes of its forward, and what was frozen then is. And a block that changes
+its input in place is an error at once: gradients recomputed from it would be wrong. (An input that is changed later is
+autograd's own error, in backward.)
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from vdnn.engine.before import trained_as, untransformed
+from vdnn.engine.before import Before, trained_as, untransformed
 from vdnn.errors import EngineError, UsageError
 
 __all__ = ["blocks_of", "checkpoint_blocks"]
@@ -121,13 +122,15 @@ def _contexts(modules: Sequence[nn.Module]) -> tuple[AbstractContextManager[None
 
 
 class _AsBefore(AbstractContextManager[None]):
-    """A block and the modules that it is given: in the mode of forward and trained as then, and counting nothing.
+    """A block and the modules that it is given, as they were in forward: mode, weights, attributes, what is trained.
 
-    It is entered once for each backward: a graph that is retained is recomputed for every one.
+    It counts nothing. It is entered once for each backward: a graph that is retained is recomputed for every one.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._modes = [(part, part.training) for module in modules for part in module.modules()]
+        self._before = [Before(module) for module in modules]
+        parts = [part for module in modules for part in module.modules()]
+        self._parts = [(part, part.training, dict(part._parameters)) for part in parts]
         self._trained = [(p, p.requires_grad) for module in modules for p in module.parameters()]
         self._open: list[AbstractContextManager[None]] = []
 
@@ -141,18 +144,24 @@ class _AsBefore(AbstractContextManager[None]):
 
     @contextlib.contextmanager
     def _again(self) -> Iterator[None]:
-        modes = [(part, part.training) for part, _ in self._modes]
-        found = (buffer for part, _ in self._modes for buffer in part.buffers(recurse=False))
+        now = [(part, part.training, part._parameters) for part, _, _ in self._parts]
+        found = (buffer for part, _, _ in now for buffer in part.buffers(recurse=False))
         buffers = list(dict.fromkeys(buffer for buffer in found if not buffer.is_inference()))
-        before = [buffer.detach().clone() for buffer in buffers]
-        try:
-            for part, training in self._modes:
-                part.training = training
-            with trained_as(self._trained), untransformed():
-                yield
-        finally:
-            for part, training in modes:
-                part.training = training
-            with torch.no_grad():
-                for buffer, value in zip(buffers, before, strict=True):
-                    buffer.copy_(value)
+        copies = [buffer.detach().clone() for buffer in buffers]
+        with contextlib.ExitStack() as stack:
+            for before in self._before:
+                stack.enter_context(before.attributes())
+            try:
+                for part, training, parameters in self._parts:
+                    part.training = training
+                    if any(part._parameters.get(name) is not p for name, p in parameters.items()):
+                        part.__dict__["_parameters"] = dict(parameters)  # of `functional_call`
+                with trained_as(self._trained), untransformed():
+                    yield
+            finally:
+                for part, training, others in now:
+                    part.training = training
+                    part.__dict__["_parameters"] = others
+                with torch.no_grad():
+                    for buffer, value in zip(buffers, copies, strict=True):
+                        buffer.copy_(value)
