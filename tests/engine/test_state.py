@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 import vdnn
 from vdnn.engine import Rule, Schedule, VirtualDevice, wrap_model
@@ -141,3 +141,28 @@ def test_noise_that_is_drawn_after_it_was_saved_is_not_copied_before(how: str) -
             one.zero_grad()
             one(x).square().sum().backward()
         assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["backward inside", "backward outside"])
+@pytest.mark.parametrize("policy", ["recompute", "recompute-blocks", "checkpoint"])
+def test_cached_parametrizations_are_computed_as_often_as_in_forward(policy: str, inside: bool) -> None:
+    """The capture left fake weights in the cache; and a block that ran again with another cache saved other tensors."""
+    outcomes = []
+    for ours in (False, True):
+        torch.manual_seed(0)
+        model = of(lambda: Block(parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH))))()
+        if ours:
+            vdnn.wrap(model, policy=policy, device=VirtualDevice(seed=1), min_bytes=1)
+        found = []
+        for _ in range(2):
+            model.zero_grad()
+            x = torch.randn(5, WIDTH)
+            with parametrize.cached():
+                loss = (model(x) + model(x)).square().mean()
+                if inside:
+                    loss.backward()
+            if not inside:
+                loss.backward()
+            found += [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        outcomes.append(found)
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))

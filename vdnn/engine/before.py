@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils import parametrize
 
 __all__ = ["PLAIN", "Before", "buffers_read", "trained_as", "untransformed", "version_of"]
 
@@ -79,7 +80,7 @@ def trained_as(then: Iterable[tuple[torch.Tensor, bool]]) -> Iterator[None]:
 class Before:
     """A module's buffers and attributes, and those of all modules inside it."""
 
-    __slots__ = ("_attributes", "_buffers", "_tensors", "_trained")
+    __slots__ = ("_attributes", "_buffers", "_cache", "_tensors", "_trained")
 
     def __init__(self, module: nn.Module) -> None:
         self._buffers: list[tuple[nn.Module, _Buffers]] = []
@@ -96,6 +97,8 @@ class Before:
             for name, value in had.items()
             for tensor in _tensors_in(value)
         ]
+        # what `parametrize.cached()` has is not computed again
+        self._cache = parametrize._cache_enabled, parametrize._cache.copy()
         self._trained = [(tensor, tensor.requires_grad) for _, _, tensor, _ in self._tensors]
 
     def changed(self) -> str:
@@ -127,6 +130,8 @@ class Before:
                     f"expected version {version} instead"
                 )
         now = [dict(part.__dict__) for part, _, _ in self._attributes]
+        cache = parametrize._cache_enabled, parametrize._cache
+        parametrize._cache_enabled, parametrize._cache = self._cache[0], self._cache[1].copy()
         try:
             for part, names, had in self._attributes:
                 for name in part.__dict__.keys() - names:
@@ -135,6 +140,7 @@ class Before:
             with trained_as(self._trained):
                 yield
         finally:
+            parametrize._cache_enabled, parametrize._cache = cache
             for (part, _, _), then in zip(self._attributes, now, strict=True):
                 for name in part.__dict__.keys() - then.keys():
                     del part.__dict__[name]
