@@ -22,6 +22,7 @@ from vdnn.analysis.moments import Move, resolve
 from vdnn.costs import times_with
 from vdnn.errors import InfeasibleError, UsageError
 from vdnn.planner.bound import Bound, time_bound
+from vdnn.planner.choices import Choice
 from vdnn.planner.collecting import without_collecting
 from vdnn.planner.improving import Improving
 from vdnn.planner.search import Found, Search
@@ -232,8 +233,11 @@ def _searched(search: Search, budget: int, seconds: float, bound_ns: int) -> Ite
     fitting = search.starts(list(search.seeds(target, room, seconds, _SEEDING)), budget, count, _FITTING[short])
     # what needs little memory has room for changes
     if short or not fitting or min(found.time_ns for found in fitting) > (1 + _FAR) * bound_ns:
-        low = (found for found in sorted(search.least(), key=lambda found: found.rank) if search.fits(found, budget))
-        fitting += islice(low, max(count // 2, 2))
+        low: dict[Choice, Found] = {}  # the fastest of each choice
+        for found in sorted(search.least(), key=lambda found: found.rank):
+            if len(low) < max(count // 2, 2) and found.choice not in low and search.fits(found, budget):
+                low[found.choice] = found
+        fitting += low.values()
     fitting = fitting or list(islice(search.tight(budget, room), 2))
     better, left = [], _IMPROVING[short]
     for place, found in enumerate(sorted(fitting, key=lambda found: found.rank), 1):

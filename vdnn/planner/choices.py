@@ -116,6 +116,12 @@ class Choices:
             found.append([c for c in self.blocks if depth[c] == level or (depth[c] < level and c in leaves)])
         return found
 
+    def parts(self, call: int) -> list[int]:
+        """The outermost blocks inside this one that are smaller than it."""
+        inside = [c for c in self.blocks if c != call and call in self.inside(c)]
+        smaller = {c for c in inside if len(self.blocks[c].dropped) < len(self.blocks[call].dropped)}
+        return [c for c in inside if c in smaller and not smaller & set(self.inside(self.trace.modules[c].parent))]
+
     def beside(self, chosen: frozenset[int], call: int) -> frozenset[int]:
         """The blocks with this one, and without those in it or around it."""
         around = set(self.inside(call))

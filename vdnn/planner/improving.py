@@ -2,6 +2,8 @@
 
 where compute waits for a copy    keep that storage, compute it again, encode it, or move another in its place
 everywhere                        one block more or less, one code more or less, back to keeping what is dear
+
+First without more bytes requested than there were; then as far as the allocator's model lets them in.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from vdnn.planner.search import Found, Search
 __all__ = ["Improving"]
 
 _AHEAD = (0, 1, 3)
+# Of what is requested at most, in sixteenths: below that copies come back sooner, above only on demand.
+_SOONER = (17, 16, 15, 14, 13, 12, 10, 8)
 
 
 class Improving:
@@ -27,6 +31,17 @@ class Improving:
         limit = self.search.work + work
         for ahead in _AHEAD:
             best = self._better(best, self.search.judge(best.choice, best.away, best.target_bytes, ahead), budget)
+        if start.target_bytes < start.requested_bytes:  # all comes back on demand: sooner, where there is room
+            for part in _SOONER:
+                tried = self.search.judge(best.choice, best.away, start.requested_bytes * part // 16, start.ahead)
+                if self._better(best, tried, budget) is tried:
+                    best = tried
+                    break
+        best = self._stepped(best, budget, limit, strict=True)
+        return self._stepped(best, budget, limit, strict=False)
+
+    def _stepped(self, best: Found, budget: int, limit: int, *, strict: bool) -> Found:
+        """Changes until none helps: `strict` ones request no more than before, or than the target."""
         failed: set[tuple[str, int, int]] = set()
         going = True
         while going:
@@ -36,7 +51,8 @@ class Improving:
                     return best
                 if change in failed:
                     continue
-                tried = self._changed(best, change)
+                most = max(best.target_bytes, best.requested_bytes) if strict else budget
+                tried = self._changed(best, change, most)
                 if tried is not None and self._better(best, tried, budget) is tried:
                     best, going = tried, True
                     break
@@ -84,7 +100,7 @@ class Improving:
         found += [("undrop", s, -1) for s in sorted(choice.dropped, key=lambda s: -again_ns[s])[:24]]
         return list(dict.fromkeys(found))
 
-    def _changed(self, best: Found, change: tuple[str, int, int]) -> Found | None:
+    def _changed(self, best: Found, change: tuple[str, int, int], most: int) -> Found | None:
         kind, what, other = change
         choice, target = best.choice, best.target_bytes
         if kind == "target":
@@ -105,13 +121,13 @@ class Improving:
         if kind == "swap":
             away.append(other)
         tried = self.search.judge(settled, away, target, best.ahead)
-        if tried.requested_bytes > target and kind in ("undrop", "uncode"):
+        if tried.requested_bytes > most and kind in ("undrop", "uncode"):
             tried = self.search.judge(settled, [*away, what], target, best.ahead)
-        if tried.requested_bytes > target and kind == "unblock":
+        if tried.requested_bytes > most and kind == "unblock":
             parcels = self.search.choices.made(settled).parcels
             inner = [s for s in self.search.choices.blocks[what].dropped if s in parcels and s not in away]
             tried = self.search.judge(settled, [*away, *inner], target, best.ahead)
-        if tried.requested_bytes > target:
+        if tried.requested_bytes > most:
             return None
         return self._shed(tried) if kind in ("drop", "code", "block") else tried
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
 
 from vdnn.analysis.blocks import repeated
+from vdnn.analysis.liveness import requested
 from vdnn.planner.bound import time_bound
 from vdnn.planner.choices import Choice, Choices
 from vdnn.planner.pieces import Group, Piece, pieces
@@ -42,6 +43,7 @@ _LEAST_TOLD = 3  # programs that are solved in any case
 _BREAKPOINTS = 450  # of a seed's program: coarser than the bound's
 _REFITS = 4
 _TIGHT = 4  # ways to need little memory that are tried at many targets
+_FINER = 4  # blocks that may run again in smaller parts
 _SMALL = 1000  # ops of a step of which more starts can be tried
 
 
@@ -306,7 +308,7 @@ class Search:
         wanted = []
         again = frozenset(block.call for block in repeated(self.trace) if block.call in choices.blocks)
         levels = [frozenset(level) for level in choices.levels()[-2:]]
-        for chosen in dict.fromkeys([frozenset[int](), again, *levels]):
+        for chosen in dict.fromkeys([frozenset[int](), again, *levels, *self._finer(again)]):
             if choices.base(chosen) is None:
                 continue
             runs = [(frozenset(choices.chains), cap) for cap in (_RUNS if not chosen else _RUNS[1:2])]
@@ -334,6 +336,24 @@ class Search:
                 found = self.fill(choice, {}, room * part // 32)
                 if found.requested_bytes <= room and self.fits(found, budget):
                     yield found
+
+    def _finer(self, chosen: frozenset[int]) -> Iterator[frozenset[int]]:
+        """The same blocks but that in which memory is highest, of which the blocks inside run again one by one."""
+        choices = self.choices
+        for _ in range(_FINER):
+            choice = choices.settled(Choice(chosen))
+            if choice is None:
+                return
+            step = choices.made(choice).step
+            found = self.judge(choice, list(choices.made(choice).parcels), 0, 0, prefetch=False)
+            live = requested(step.trace, found.schedule.moves)
+            top = max(range(len(step.trace.ops)), key=lambda i: live[i])
+            block = next((c for c in choices.inside(step.trace.ops[top].module) if c in chosen), None)
+            parts = choices.parts(block) if block is not None else ()
+            if not parts:
+                return
+            chosen = chosen - {block} | frozenset(parts)
+            yield chosen
 
     def cut(self, wanted: Collection[int], cap: int, chosen: frozenset[int] = frozenset()) -> frozenset[int]:
         """What is computed again, without those at which a run of it would grow beyond the cap in bytes.
