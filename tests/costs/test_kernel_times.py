@@ -143,6 +143,17 @@ def test_a_transposing_copy_uses_a_part_of_what_it_moves():
     assert time_of(crossed, numbers=numbers) == pytest.approx(8000, abs=1)  # two bytes of eight
 
 
+def test_planes_that_are_interpolated_one_after_the_other_take_a_latency_each():
+    """A thread a pixel: a million planes of 14 × 14 pixels take as long as their reads wait, whatever the bandwidth."""
+    numbers = replace(IDEAL, dram_latency_ns=300.0)
+    few, many = (op("elementwise", (planes * 196, 1, 1, planes), nbytes=10**6) for planes in (10, 10**6))
+    assert time_of(few, numbers=numbers) == 3000
+    assert time_of(many, numbers=numbers) == 3 * 10**8
+    large = op("elementwise", (10 * 3072, 1, 1, 10), nbytes=10**3)  # twice the threads that one multiprocessor has
+    assert time_of(large, numbers=numbers) == 2 * 3000
+    assert time_of(op("elementwise", (196 * 10**6, 1, 1), nbytes=10**6), numbers=numbers) == 1000
+
+
 def conv(groups: int = 1, name: str = "aten.convolution.default", channels: int = 256, window: int = 9) -> Op:
     """Sixteen images of 32 × 32 pixels."""
     x = 16 * channels * 1024 * 2

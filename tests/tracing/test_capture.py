@@ -143,6 +143,14 @@ def dims_of(function, *inputs, op):
     return next(o.dims for o in trace.ops if o.name.startswith(f"aten.{op}"))
 
 
+def many(x: torch.Tensor) -> torch.Tensor:
+    return x.repeat(1, 4, 1, 1)
+
+
+def last(x: torch.Tensor) -> torch.Tensor:
+    return x.to(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize(
     ("function", "op", "dims"),
     [
@@ -155,6 +163,10 @@ def dims_of(function, *inputs, op):
         (lambda x: x.transpose(1, 3).contiguous(), "clone", (240, 1, 0)),  # nothing lies side by side in both
         (lambda x: x.transpose(1, 2).contiguous(), "clone", (240, 6, 0)),
         (lambda x: x + x.detach()[:1], "add", (240, 240, 1)),
+        (lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"), "upsample", (960, 960, 1, 8)),  # 2 · 4 planes
+        (lambda x: F.interpolate(many(x), scale_factor=2, mode="bilinear"), "upsample", (3840, 3840, 1, 32)),
+        (lambda x: F.interpolate(last(many(x)), scale_factor=2, mode="bilinear"), "upsample", (3840, 3840, 1)),
+        (lambda x: F.interpolate(x, scale_factor=2, mode="nearest"), "upsample", (960, 960, 1)),
     ],
 )
 def test_an_op_is_told_with_the_sizes_that_decide_its_speed(function, op, dims):

@@ -37,7 +37,8 @@ F = npt.NDArray[np.float64]
 # Tiles that library kernels are built for: rows × columns of the result. Each product takes the one that is fastest.
 TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64), (128, 32), (64, 32), (32, 64))
 LOW = ("float16", "bfloat16")
-BLOCKS_OF_A_MULTIPROCESSOR = 6  # 1536 threads in blocks of 256
+THREADS_OF_A_MULTIPROCESSOR = 1536
+BLOCKS_OF_A_MULTIPROCESSOR = 6  # these threads in blocks of 256
 SPLIT_WAVES = 4  # of weights' gradients in fp32, which no row is about: so that the last parts leave few idle
 CHANNELS_OF_TENSOR_CORES = 8  # fp16 kernels read 16 bytes at once
 
@@ -353,7 +354,7 @@ def stream_ns(shapes: Sequence[StreamShape], machine: Machine, c: CostNumbers) -
     if not shapes:
         return np.empty(0)
     kernels, kinds, *rest = _columns(shapes)
-    read, written, run, *_ = _floats(rest)
+    read, written, run, _, _, planes, pixels = _floats(rest)
     fraction = np.full(len(shapes), c.stream)
     for kind in sorted(set(kinds.tolist())):
         fraction[kinds == kind] *= float(getattr(c, kind, 1.0))
@@ -361,7 +362,10 @@ def stream_ns(shapes: Sequence[StreamShape], machine: Machine, c: CostNumbers) -
         fraction = np.where(kernels == kernel, machine.measured(kernel, 1.0, 1.0)[1], fraction)
     # DRAM and L2 move 32 bytes at least; in pieces shorter than that most of what is moved is not used
     fraction = fraction * np.maximum(run, 1) / (np.maximum(run, 1) + c.short_run_bytes)
-    return (read + written) / (machine.dram * fraction) + machine.start_ns
+    # a thread for each pixel reads plane after plane: with many planes of few pixels most of the bandwidth is idle
+    rounds = np.maximum(1.0, pixels / (THREADS_OF_A_MULTIPROCESSOR * machine.multiprocessors))
+    waited = planes * rounds * c.dram_latency_ns
+    return np.maximum((read + written) / (machine.dram * fraction), waited) + machine.start_ns
 
 
 # Formula, and the field of `Shapes` that it prices, in the order in which ops name families.

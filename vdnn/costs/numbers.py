@@ -45,6 +45,7 @@ class CostNumbers:
         batch_norm_backward, layer_norm, layer_norm_backward, softmax, pool_backward, gather, scatter
                                          of `stream`, counting each input and output once, though some read it twice
         short_run_bytes                  bytes side by side at which half of what is moved is used
+        dram_latency_ns                  from a read to its result, where each thread waits for one after the other
     Starts
         kernel_start                     of a kernel, in the machine's `kernel_ns`
         host_view, host_backward         host time of a view, and of an op of backward, against `launch_ns` of an op
@@ -83,6 +84,7 @@ class CostNumbers:
     gather: float
     scatter: float
     short_run_bytes: float
+    dram_latency_ns: float
     kernel_start: float
     host_view: float
     host_backward: float

@@ -70,7 +70,8 @@ class StreamShape(NamedTuple):
     """An op that memory bounds. `run_bytes` lie side by side in all its tensors; `broadcast`: some are broadcast.
 
     `kind` tells which fraction of the bandwidth it reaches: that of `CostNumbers` with this name, or that of streams.
-    `row_bytes`: of a row that is normalised; 0 for other kinds.
+    `row_bytes`: of a row that is normalised; 0 for other kinds. `planes`: that a
+    thread for each of their `pixels` goes over one by one.
     """
 
     kernel: str
@@ -80,6 +81,8 @@ class StreamShape(NamedTuple):
     run_bytes: int
     broadcast: bool
     row_bytes: int
+    planes: int = 0
+    pixels: int = 0
 
 
 @dataclass(slots=True)
@@ -167,13 +170,24 @@ def _stream(op: Op) -> StreamShape:
     item = ITEM_BYTES.get(op.dtype, 4)
     dims = (*op.dims, 0, 0, 0)
     kind = kind_of(op)
-    run, broadcast, row = 1 << 30, False, 0
-    if kind == "elementwise" and len(op.dims) == 3:
+    run, broadcast, row, planes = 1 << 30, False, 0, 0
+    if kind == "elementwise" and len(op.dims) >= 3:
+        planes = op.dims[3] if len(op.dims) > 3 else 0
         broadcast = dims[2] > 0
         run = dims[1] * item if dims[1] < dims[0] else 1 << 30  # all in one piece
     elif kind in ("softmax", "layer_norm", "layer_norm_backward"):
         row = dims[1] * item
-    return StreamShape(op.kernel, kind, op.read_bytes, op.written_bytes, run, broadcast, row)
+    return StreamShape(
+        op.kernel,
+        kind,
+        op.read_bytes,
+        op.written_bytes,
+        run,
+        broadcast,
+        row,
+        planes,
+        op.dims[0] // planes if planes else 0,
+    )
 
 
 def kind_of(op: Op) -> str:

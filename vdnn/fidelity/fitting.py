@@ -56,6 +56,7 @@ RANGES: dict[str, tuple[float, float, float]] = {
     "gather": (0.4, 0.02, 1.2),
     "scatter": (0.1, 0.01, 1.2),
     "short_run_bytes": (4.0, 0.3, 100.0),
+    "dram_latency_ns": (300.0, 100.0, 800.0),
     "kernel_start": (1.5, 0.2, 6.0),
     "host_view": (0.3, 0.05, 1.0),
     "host_backward": (0.6, 0.2, 2.0),

@@ -24,6 +24,8 @@ _CLASSES: tuple[tuple[Kernel, tuple[str, ...]], ...] = (
     ("copy", ("copy", "clone", "cat", "stack", "_to_copy", "index", "gather", "scatter", "roll", "constant_pad")),
     ("reduce", ("sum", "mean", "amax", "amin", "softmax", "nll_loss", "var", "norm", "max", "min", "cumsum")),
 )
+# Interpolations with a thread for each pixel of the result, which goes over all planes (ATen's `…_out_frame` kernels).
+_PLANE_AFTER_PLANE = ("upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d")
 _NO_KERNEL = {
     "empty",
     "empty_like",
@@ -102,6 +104,8 @@ def _shape_of_work(
     shape = widest.shape
     whole = [t for t in (*given, *made) if t.shape == shape]
     broadcast = sum(1 < t.numel() < widest.numel() for t in given) if kernel == "elementwise" else 0
+    if name in _PLANE_AFTER_PLANE and made[0].is_contiguous():
+        return _run(whole), broadcast, int(prod(made[0].shape[:2]))
     return _run(whole), broadcast
 
 

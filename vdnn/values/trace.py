@@ -114,8 +114,9 @@ class Op:
     first, and the last window from the first);
     reduce (elements, results, stride of the dimension that is reduced), a softmax (elements, row length, stride);
     elementwise, copy and the rest (elements, how many of them lie side by side in all tensors, how many tensors
-    are broadcast). A `view` runs no kernel. `flops` counts a multiply-add as two. `module` indexes
-    `Trace.modules` (-1: outside the model, such as the loss). `reads` and `writes` index `Trace.storages`.
+    are broadcast; then of an interpolation that goes over the planes of images one by one, how many). A `view` runs no
+    kernel. `flops` counts a multiply-add as two. `module` indexes `Trace.modules` (-1: outside the model, such as the
+    loss). `reads` and `writes` index `Trace.storages`.
     """
 
     name: str
