@@ -12,13 +12,16 @@ from torch import nn
 
 import vdnn
 from tests.engine.steps import EVERYTHING, GPU, again, or_error, planned, same, trained
-from vdnn.analysis.chains import chains
+from vdnn.analysis.chains import action_of, chains
+from vdnn.analysis.moments import Points
 from vdnn.analysis.recomputing import recomputed
 from vdnn.engine import Schedule, VirtualDevice, engine_of
 from vdnn.errors import DeviceOutOfMemory, FormatError, PlanMismatchError
 from vdnn.policies import decide
+from vdnn.policies.plans import make_plan
 from vdnn.sim import simulate_step
 from vdnn.values import Plan, Recompute
+from vdnn.values.plan import Action
 
 
 class Residual(nn.Module):
@@ -201,6 +204,41 @@ def test_a_source_that_leaves_comes_back_in_time() -> None:
     offloaded = {str(name) for e in plan.entries if e.action.action == "offload" for name in e.saved}
     assert sources & offloaded, "no source is offloaded: the test tests nothing"
     assert simulate_step(trace, plan, GPU).prefetched_bytes == plan.offloaded_bytes
+
+
+def convolutions() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [layer for width in (3, 8, 8) for layer in (nn.Conv2d(width, 8, 3), nn.ReLU(inplace=True))]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(800, 5))
+
+
+def test_a_convolution_is_made_again_under_autocast_and_the_next_forward_still_trains_its_weights() -> None:
+    """Autocast keeps its copies of weights for forward: they are nothing that the layer gives. In a backward inside
+    autocast weights are copied without gradients, which the forward after it must not use.
+    """
+    x = torch.randn(4, 3, 16, 16)
+    trace = vdnn.capture(convolutions(), x, device="cpu", precision="amp-bf16")
+    found, points = chains(trace, costly=True), Points(trace)
+    assert [chain.calls for chain in found.values()] == [(3, 4), (5, 6)]  # of the first layer's input a copy is saved
+    kept = {t.storage: "" for t in trace.saved}
+    actions: dict[int, Action] = {s: action_of(points, chain) for s, chain in found.items()}
+    plan = make_plan("recompute", trace, EVERYTHING, actions, kept)
+    outcomes = []
+    for given in (None, plan):
+        model = convolutions()
+        if given is not None:
+            vdnn.wrap(model, plan=given, device=VirtualDevice())
+        with torch.autocast("cpu", torch.bfloat16):
+            first = model(x).float().square().mean()
+        with torch.autocast("cpu", torch.bfloat16):
+            first.backward()
+            second = model(x).float().square().mean()
+        second.backward()
+        outcomes.append([first, second, *(p.grad for p in model.parameters() if p.grad is not None)])
+        if given is not None:
+            assert engine_of(model).offloader.counts.dropped_storages == 2 * len(found)
+    assert len(outcomes[0]) == 2 + len(list(convolutions().parameters()))
+    assert same(*outcomes)
 
 
 class Doubling:

@@ -187,8 +187,18 @@ class _Looking:
         with `return_indices`. Such a call is not made again.
         """
         first, end = self.own[call][0], self.trace.modules[call].forward_end
-        made = {s for i in self.own[call] for s in self.trace.ops[i].writes if self.trace.storages[s].alloc >= first}
+        made = {
+            s
+            for i in self.own[call]
+            for s in self.trace.ops[i].writes
+            if self.trace.storages[s].alloc >= first and not self._of_weights(i)
+        }
         return sum(self.trace.storages[s].release > end for s in made) > 1
+
+    def _of_weights(self, op: int) -> bool:
+        """Whether it only reads weights, such as autocast's copies of them, which live until forward ends."""
+        reads = self.trace.ops[op].reads
+        return bool(reads) and all(self.trace.storages[s].category in ("parameter", "buffer") for s in reads)
 
     def _taken(self, inside: Sequence[int]) -> set[int]:
         """What the ops read that they do not make themselves, weights and buffers aside."""
