@@ -25,7 +25,7 @@ from vdnn.planner.bound import Bound, time_bound
 from vdnn.planner.choices import Choice
 from vdnn.planner.collecting import without_collecting
 from vdnn.planner.improving import Improving
-from vdnn.planner.search import Found, Search
+from vdnn.planner.search import LONG, Found, Search
 from vdnn.policies import Options, decide, recomputed_blocks
 from vdnn.sim import simulate_step
 from vdnn.sim.allocator_step import fits, step_memory
@@ -54,7 +54,7 @@ _CANDIDATES = (
 )
 # Ops that may be rewritten and simulated for seeds, to make them fit, and in local search; of a long step fewer, whose
 # programs take longer.
-_SEEDING, _FITTING, _IMPROVING = 250_000, (500_000, 700_000), (800_000, 1_500_000)
+_SEEDING, _FITTING, _IMPROVING = 250_000, (500_000, 900_000), (800_000, 1_500_000)
 # Starts of local search: of a short step more, until their ops are about as many; half as many that need little memory.
 _STARTS = range(2, 9)
 _STARTING = 2000
@@ -230,7 +230,9 @@ def _searched(search: Search, budget: int, seconds: float, bound_ns: int) -> Ite
     target = room if search.trace.device == "cpu" else room * 15 // 16
     short = len(search.trace.ops) < _STARTING // _STARTS[0]
     count = min(max(_STARTING // max(len(search.trace.ops), 1), _STARTS[0]), _STARTS[-1])
-    fitting = search.starts(list(search.seeds(target, room, seconds, _SEEDING)), budget, count, _FITTING[short])
+    fitting = search.starts(
+        list(search.seeds(target, room, seconds, _SEEDING)), budget, count, _FITTING[len(search.trace.ops) < LONG]
+    )
     # what needs little memory has room for changes
     if short or not fitting or min(found.time_ns for found in fitting) > (1 + _FAR) * bound_ns:
         low: dict[Choice, Found] = {}  # the fastest of each choice

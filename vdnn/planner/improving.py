@@ -15,7 +15,7 @@ from vdnn.planner.search import Found, Search
 __all__ = ["Improving"]
 
 _AHEAD = (0, 1, 3)
-# Of what is requested at most, in sixteenths: below that copies come back sooner, above only on demand.
+# Targets, in sixteenths of what is requested at most, above which nothing comes back before it is asked for.
 _SOONER = (17, 16, 15, 14, 13, 12, 10, 8)
 
 

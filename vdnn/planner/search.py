@@ -28,7 +28,7 @@ from vdnn.policies import Options
 from vdnn.values.hardware import Hardware
 from vdnn.values.trace import Trace
 
-__all__ = ["Found", "Search", "Seed"]
+__all__ = ["LONG", "Found", "Search", "Seed"]
 
 # Links and memory that the seeds' programs are told, in hundredths of the real ones, and whether of blocks: whole
 # copies and program order waste some of the link; runs and blocks come back at once, which takes memory that no
@@ -44,7 +44,7 @@ _BREAKPOINTS = 450  # of a seed's program: coarser than the bound's
 _REFITS = 4
 _TIGHT = 4  # ways to need little memory that are tried at many targets
 _FINER = 4  # blocks that may run again in smaller parts
-_SMALL = 1000  # ops of a step of which more starts can be tried
+LONG = 4000  # ops of a step of which fewer starts can be tried
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +265,7 @@ class Search:
         one that fits is enough, found by bisection.
         """
         limit = self.work + work
-        step = budget >> (6 if len(self.trace.ops) < _SMALL else 4)
+        step = budget >> (6 if len(self.trace.ops) < LONG else 4)
         queue = [(*seed.found.rank, number, seed.found) for number, seed in enumerate(seeds)]
         heapify(queue)
         fitting: list[Found] = []
