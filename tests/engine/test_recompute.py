@@ -241,6 +241,50 @@ def test_a_convolution_is_made_again_under_autocast_and_the_next_forward_still_t
     assert same(*outcomes)
 
 
+class Repeated(nn.Module):
+    """One layer that is called three times: autocast copies its weight in the first call alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.again, self.act = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.act(self.first(x))
+        for _ in range(3):
+            x = self.act(self.again(x))
+        return x
+
+
+def test_a_copy_of_a_weight_that_several_calls_read_is_not_made_again_by_the_first() -> None:
+    """That call gives its output, and no copy: nothing would be dropped where a plan counts on it."""
+    trace = vdnn.capture(Repeated(), torch.randn(2, 3, 8, 8), device="cpu", precision="amp-bf16")
+    found = chains(trace, costly=True)
+    assert [[trace.modules[call].fqn for call in chain.calls] for chain in found.values()] == [["again", "act"]]
+    assert any(trace.storages[t.storage].name == "cast of again.weight" for t in trace.saved)
+
+
+def test_a_module_that_gives_what_it_made_of_its_weight_is_not_planned_to_run_again() -> None:
+    """Such a thing is no copy of autocast's, which lives as long: the engine makes no call again that gives two."""
+
+    class Two(nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.doubled = self.weight * 2
+            return super().forward(x)
+
+    class Uses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.two, self.act, self.last = nn.Conv2d(3, 4, 1), Two(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.last(self.act(self.two(self.act(self.first(x)))))
+            return x + self.two.doubled.sum()
+
+    trace = vdnn.capture(Uses(), torch.randn(2, 3, 8, 8), device="cpu", precision="amp-bf16")
+    through = [trace.modules[call].fqn for chain in chains(trace, costly=True).values() for call in chain.calls]
+    assert "two" not in through
+
+
 class Doubling:
     def __call__(self, module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
         return output * 2

@@ -144,6 +144,8 @@ class _Looking:
         ops = self.made.get(storage)
         if s.category != "activation" or s.held or s.need < 0 or s.release >= s.need or not ops:
             return None
+        if all(self._copies_weights(i) for i in ops):
+            return None  # of a layer that is called again, which takes the copy of its first call
         calls = self._outermost({trace.ops[i].module for i in ops})
         if calls[0] < 0 or self.readers.get(storage, set()) <= {i for call in calls for i in self.own[call]}:
             return None  # no module's output, but something beside it: a norm's statistics, a pool's indices
@@ -191,14 +193,16 @@ class _Looking:
             s
             for i in self.own[call]
             for s in self.trace.ops[i].writes
-            if self.trace.storages[s].alloc >= first and not self._of_weights(i)
+            if self.trace.storages[s].alloc >= first and not self._copies_weights(i)
         }
         return sum(self.trace.storages[s].release > end for s in made) > 1
 
-    def _of_weights(self, op: int) -> bool:
-        """Whether it only reads weights, such as autocast's copies of them, which live until forward ends."""
+    def _copies_weights(self, op: int) -> bool:
+        """Whether it is autocast's copy of a weight, which lives until forward ends, and which no layer gives."""
         reads = self.trace.ops[op].reads
-        return bool(reads) and all(self.trace.storages[s].category in ("parameter", "buffer") for s in reads)
+        return self.trace.ops[op].name.startswith("aten._to_copy") and all(
+            self.trace.storages[s].category in ("parameter", "buffer") for s in reads
+        )
 
     def _taken(self, inside: Sequence[int]) -> set[int]:
         """What the ops read that they do not make themselves, weights and buffers aside."""
