@@ -62,6 +62,8 @@ _STARTING = 2000
 _FAR = 0.3
 # The least storage that moves, if nothing else fits: below that a copy's latency is all that it takes.
 _SMALL = 1 << 16
+# Ways to need little memory of which the allocator is asked what they need.
+_LEAST = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,7 +312,7 @@ def least_plan(trace: Trace, hardware: Hardware, options: Options | None = None)
         Search(trace, hardware, options),
         Search(trace, hardware, replace(options, min_bytes=min(options.min_bytes, _SMALL))),
     ):
-        for one in search.least()[:4]:
+        for one in search.least()[:_LEAST]:
             step = search.choices.made(one.choice).step.trace
             tried.append((one.requested_bytes, _plan(search, one), step, one.schedule.moves))
     for plan in _candidates(trace, hardware, options, hardware.available_bytes):

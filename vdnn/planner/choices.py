@@ -92,6 +92,8 @@ class Choices:
         assert whole is not None
         self.chains = whole.chains
         self.again_ns = {s: sum(self.op_ns[op] for op in chain.ops) for s, chain in self.chains.items()}
+        light = chains(trace)
+        self.light = frozenset(s for s in self.chains if s in light)  # without layers that do arithmetic
 
     def _again(self, block: Block) -> tuple[int, int]:
         """The forward ops that run again, to the last pack that is needed."""

@@ -311,7 +311,8 @@ class Search:
         for chosen in dict.fromkeys([frozenset[int](), again, *levels, *self._finer(again)]):
             if choices.base(chosen) is None:
                 continue
-            runs = [(frozenset(choices.chains), cap) for cap in (_RUNS if not chosen else _RUNS[1:2])]
+            caps = _RUNS if not chosen else _RUNS[1:2]
+            runs = [(dropped, cap) for dropped in (frozenset(choices.chains), choices.light) for cap in caps]
             for coded in (frozenset[int](), frozenset(choices.codes)):
                 wanted.append(Choice(chosen, coded))
                 for dropped, cap in [*runs, (cheap, 5)]:
