@@ -506,9 +506,33 @@ def test_a_plan_that_names_what_is_not_there() -> None:
         simulate_step(trace, with_action(replace(action, through=("nowhere#0",))), GPU)
     with pytest.raises(PlanMismatchError, match="does not pack"):
         simulate_step(trace, with_action(replace(action, source="0#0/9")), GPU)
+    with pytest.raises(PlanMismatchError, match="something else"):
+        simulate_step(trace, with_action(replace(action, through=("0#0",))), GPU)
     with pytest.raises(FormatError, match="say together"):
         with_action(replace(action, source="")).check()
     with pytest.raises(PlanMismatchError, match="nowhere"):
         Schedule(with_action(replace(action, through=("nowhere#0",)))).check_names(
             {name for name, _ in model.named_modules()}
         )
+
+
+def test_a_plan_that_makes_two_feature_maps_from_each_other_is_refused() -> None:
+    """Neither would ever be there."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.GELU(), nn.GELU(), nn.Linear(4, 4))
+    trace = vdnn.capture(model, torch.randn(2, 4), device="cpu")
+    plan = decide("recompute", trace, GPU, EVERYTHING)
+
+    def with_ways(ways: dict[str, tuple[str, ...]], source: str = "") -> Plan:
+        entries = (
+            replace(e, action=replace(e.action, through=ways[str(e.saved[0])], source=source or e.action.source))
+            if isinstance(e.action, Recompute) and str(e.saved[0]) in ways
+            else e
+            for e in plan.entries
+        )
+        return replace(plan, entries=tuple(entries))
+
+    assert simulate_step(trace, with_ways({"2#0/0": ("1#0",), "3#0/0": ("2#0",)}), GPU).fits
+    with pytest.raises(PlanMismatchError, match="takes the storage itself"):
+        simulate_step(trace, with_ways({"2#0/0": ("1#0", "3#0"), "3#0/0": ("2#0",)}), GPU)
+    with pytest.raises(PlanMismatchError, match="something else"):
+        simulate_step(trace, with_ways({"2#0/0": ("1#0",)}, source="4#0/0"), GPU)

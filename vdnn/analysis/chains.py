@@ -101,7 +101,15 @@ def planned_chains(plan: Plan, points: Points) -> dict[int, Chain]:
                 raise PlanMismatchError(
                     f"the plan computes {entry.saved[0]} again from {action.source}, which {trace.model} does not pack"
                 )
-            found[trace.saved[points.find(entry.saved[0])].storage] = Chain(calls, ops, number)
+            made, taken = trace.saved[points.find(entry.saved[0])].storage, trace.saved[number].storage
+            if not any(made in trace.ops[op].writes for op in ops) or not any(
+                taken in trace.ops[op].reads for op in ops
+            ):
+                raise PlanMismatchError(
+                    f"the plan computes {entry.saved[0]} again from {action.source} through "
+                    f"{', '.join(action.through)}, which in {trace.model} take or make something else"
+                )
+            found[made] = Chain(calls, ops, number)
     return found
 
 

@@ -146,6 +146,7 @@ class _Rewriting:
             ops = self.inserted.pop()[1]  # more of them at one position
         temporary: dict[int, int] = {}
         started: set[int] = set()  # what is fetched to start from
+        making: set[int] = set()
         last_use: dict[int, int] = {}
 
         def again(s: int) -> int:
@@ -172,6 +173,11 @@ class _Rewriting:
                     f"storage {s} of {self.trace.model} cannot be computed again: nothing makes it in forward, or "
                     "what makes it draws random numbers"
                 )
+            if s in making:
+                raise PlanMismatchError(
+                    f"storage {s} of {self.trace.model} cannot be computed again: that takes the storage itself"
+                )
+            making.add(s)
             for number in found:
                 op = self.trace.ops[number]
                 reads = {r: place(r) for r in op.reads if r != s and r not in op.writes}
