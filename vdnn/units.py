@@ -10,7 +10,7 @@ import re
 
 from vdnn.errors import UsageError
 
-__all__ = ["format_bandwidth", "format_bytes", "format_ns", "parse_bandwidth", "parse_size"]
+__all__ = ["format_at_least", "format_bandwidth", "format_bytes", "format_ns", "parse_bandwidth", "parse_size"]
 
 _FACTORS = {
     "": 1,
@@ -73,6 +73,15 @@ def format_bytes(size: int | None) -> str:
     if magnitude >= 2**10:
         return f"{size / 2**10:.1f} KiB"
     return f"{size} B"
+
+
+def format_at_least(size: int) -> str:
+    """The same of a size to be given as a budget: rounded up, so that the text read again is no less."""
+    text = format_bytes(size)
+    if parse_size(text) >= size:
+        return text
+    last = {"GiB": 2**30 // 100, "MiB": 2**20 // 10, "KiB": 2**10 // 10}[text[-3:]]
+    return format_bytes(size + last // 2 + 1)
 
 
 def format_ns(time_ns: int | None) -> str:

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import vdnn
 from vdnn.analysis.liveness import least_peak
@@ -14,6 +16,7 @@ from vdnn.errors import InfeasibleError, UsageError
 from vdnn.planner import plan_for_budget
 from vdnn.policies import Options
 from vdnn.training import train
+from vdnn.units import format_at_least, parse_size
 from vdnn.values import hardware
 
 # of traces of some MiB, cuBLAS' workspaces would be the most
@@ -56,6 +59,12 @@ def test_an_impossible_budget_names_the_least_and_what_fills_it() -> None:
         plan_for_budget(TRACES["transformer"], MACHINE, 0)
     with pytest.raises(UsageError, match="both the policy vdnn-all and a budget"):
         vdnn.plan(TRACES["conv"], MACHINE, "vdnn-all", budget="1GiB")
+
+
+@given(st.integers(1, 1 << 45))
+def test_a_budget_that_an_error_names_is_no_less_when_it_is_given(size: int) -> None:
+    """Rounded as other sizes are, half of them were refused once more, with the same words."""
+    assert size <= parse_size(format_at_least(size)) <= size * 1.1
 
 
 @pytest.mark.case(60, 61)

@@ -31,7 +31,7 @@ from vdnn.sim import simulate_step
 from vdnn.sim.allocator_step import fits, step_memory
 from vdnn.sim.run import run
 from vdnn.sim.workspaces import held_bytes, with_libraries
-from vdnn.units import format_bytes, format_ns
+from vdnn.units import format_at_least, format_bytes, format_ns
 from vdnn.values.hardware import Hardware
 from vdnn.values.plan import Encode, Offload, Plan, Recompute
 from vdnn.values.result import RunResult
@@ -363,7 +363,7 @@ def _impossible(trace: Trace, hardware: Hardware, budget: int, options: Options)
     top = ", ".join(f"{i.module} {format_bytes(i.nbytes)}" for i in least.result.peak_items[:3] if i.module)
     return InfeasibleError(
         f"no plan found fits {trace.model} (batch {trace.batch}) into {format_bytes(budget)}: the least is "
-        f"{format_bytes(least.plan.budget_bytes or 0)}, at {least.result.peak_at}, filled by {filling}"
+        f"{format_at_least(least.plan.budget_bytes or 1)}, at {least.result.peak_at}, filled by {filling}"
         + (f" (largest: {top})" if top else "")
         + "; give that budget, or a smaller batch"
         + (" (more memory may fit worse: other fragments)" if (least.plan.budget_bytes or 0) <= budget else "")
