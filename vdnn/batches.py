@@ -150,7 +150,7 @@ def largest_batch(
     guessed, between = bool(start), False  # `between`: since the guess one fitted, and one did not
     steps = [0, *_STEPS]
     first: bool | None = None
-    while high - low > _grain(low):
+    while high - low > (_grain(low) if high <= limit else 1):
         does = fits(batch)
         low, high = (batch, high) if does else (low, batch)
         if not guessed and high > limit:  # small batches, until there are two for a line
@@ -162,7 +162,7 @@ def largest_batch(
         away = max(_grain(batch - _grain(batch)), batch * (steps.pop(0) if len(steps) > 1 else steps[0]) // 8)
         batch = batch + away if does else batch - away
         if between or not low < batch < high:
-            batch = (low + high) // 2
+            batch = (low + high) // 2 if high <= limit or high - low > _grain(low) else limit
     if low == 0:
         least = min((*known, *impossible))
         if least in impossible:
