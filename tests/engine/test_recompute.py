@@ -318,6 +318,33 @@ def test_a_hook_that_comes_later_keeps_it_too() -> None:
     assert same(*outcomes)
 
 
+class Copying:
+    def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return tuple(arg.clone() for arg in args)
+
+
+def test_what_a_module_packs_before_its_chain_turns_out_to_be_broken_is_not_counted_as_dropped() -> None:
+    """And the report names it: the step needs more memory than was planned."""
+    outcomes = []
+    for ours in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Sigmoid(), nn.Linear(4, 4))
+        x = torch.randn(3, 4)
+        plan = planned(model, x, "recompute")
+        assert any(action.through == ("1#0", "2#0") for action in again(plan))
+        model[2].register_forward_pre_hook(Copying())
+        if ours:
+            wrapped(model, plan)
+        outcomes.append(trained(model, x, 1))
+        if ours:
+            report = vdnn.report(model)
+            named = [text.split(":")[0] for text in report.mismatches]
+            assert named == ["2#0/0 is not computed again", "3#0/0 is not computed again"]
+            assert report.dropped_storages == engine_of(model).offloader.counts.recomputed_storages == 0
+            assert report.dropped_bytes == 0
+    assert same(*outcomes)
+
+
 class TakesAnother(nn.Module):
     """Calls its norm by keyword, and its activation on something else than the norm's output, if asked to."""
 

@@ -114,6 +114,8 @@ class Offloader:
             with self._lock:
                 for entry, last in frame.slot.links:
                     here.chain(entry).link(frame.module, frame.args, frame.output, last)
+                    if last:
+                        self._stays(here, entry)
                 if here.block is not None and here.blocks.get(frame.slot.block) is here.block:
                     here.block.ends(frame)
                     if here.block.broken:
@@ -232,6 +234,15 @@ class Offloader:
             if known is None:
                 self._mismatch(f"{slot.name} is not computed again: {why}")
             return known
+
+    def _stays(self, here: Pass, entry: int) -> None:
+        """A chain is over: what was packed in it was counted as dropped, and may turn out to be kept."""
+        nbytes, why = here.chain(entry).kept()
+        if why:
+            self.counts.dropped_storages -= 1
+            self.counts.dropped_bytes -= nbytes
+            assert here.schedule.plan is not None
+            self._mismatch(f"{here.schedule.plan.entries[entry].saved[0]} is not computed again: {why}")
 
     def _encoded(
         self, here: Pass, frame: Frame, slot: Slot, action: Encode, tensor: torch.Tensor

@@ -203,6 +203,13 @@ class ChainRun:
             return f"a {name} gives a view of something larger"
         return ""
 
+    def kept(self) -> tuple[int, str]:
+        """The bytes of what stood for the chain's storage and stays after all, now that the chain is over, and why."""
+        storage = self.storage() if self.storage is not None else None
+        if storage is None or storage.dropped:
+            return 0, ""
+        return storage.nbytes, self.broken or "its modules gave another tensor"
+
     def standing(self, device: Device, tensor: torch.Tensor) -> tuple[RecomputedStorage | None, bool, str]:
         """What stands for the chain's storage, whether it is new; None, and why, where nothing can."""
         if self.broken:
