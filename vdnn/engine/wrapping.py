@@ -194,10 +194,13 @@ def _guard_hooks() -> None:
     """Have torch.compile look at modules' hooks when it chooses compiled code.
 
     It shares that code among modules of one class, and would run a wrapped model with what it compiled for one
-    without hooks: right numbers, and nothing offloaded.
+    without hooks: right numbers, and nothing offloaded. The engine's own hooks are never compiled: torch 2.11 tried to,
+    with tensors that have no bytes.
     """
     import torch._dynamo.config
+    from torch._dynamo import trace_rules
 
+    trace_rules.add("vdnn.engine")
     if torch._dynamo.config.skip_nnmodule_hook_guards:
         torch._dynamo.config.skip_nnmodule_hook_guards = False
         torch._dynamo.reset_code_caches()  # what was compiled before now does not look
