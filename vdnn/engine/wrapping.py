@@ -11,6 +11,7 @@ plan or by rule.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import weakref
 from collections.abc import Callable
@@ -194,16 +195,21 @@ def _guard_hooks() -> None:
     """Have torch.compile look at modules' hooks when it chooses compiled code.
 
     It shares that code among modules of one class, and would run a wrapped model with what it compiled for one
-    without hooks: right numbers, and nothing offloaded. The engine's own hooks are never compiled: torch 2.11 tried to,
-    with tensors that have no bytes.
+    without hooks: right numbers, and nothing offloaded.
     """
     import torch._dynamo.config
-    from torch._dynamo import trace_rules
 
-    trace_rules.add("vdnn.engine")
     if torch._dynamo.config.skip_nnmodule_hook_guards:
         torch._dynamo.config.skip_nnmodule_hook_guards = False
         torch._dynamo.reset_code_caches()  # what was compiled before now does not look
+
+
+@functools.cache
+def _never_compile_hooks() -> None:
+    """Have torch.compile leave the engine alone: torch 2.11 would compile its hooks, with tensors that have no bytes."""
+    from torch._dynamo import trace_rules
+
+    trace_rules.add("vdnn.engine")
 
 
 def wrap_model(model: nn.Module, device: Device, schedule_for: ScheduleFor) -> Engine:
@@ -213,6 +219,7 @@ def wrap_model(model: nn.Module, device: Device, schedule_for: ScheduleFor) -> E
         EngineError: it is on this model, or on a part of it, already.
     """
     _guard_hooks()
+    _never_compile_hooks()
     for fqn, module in model.named_modules():
         if module in _ENGINES:
             raise EngineError(
