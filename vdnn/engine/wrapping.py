@@ -206,7 +206,7 @@ def _guard_hooks() -> None:
 
 @functools.cache
 def _never_compile_hooks() -> None:
-    """Have torch.compile leave the engine alone: torch 2.11 would compile its hooks, with tensors that have no bytes."""
+    """Have torch.compile leave the engine alone: torch 2.11 compiled its hooks, for tensors that have no bytes."""
     from torch._dynamo import trace_rules
 
     trace_rules.add("vdnn.engine")
