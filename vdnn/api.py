@@ -250,7 +250,7 @@ def wrap(
     model: nn.Module,
     policy: str = "",
     *,
-    plan: Plan | None = None,
+    plan: Plan | str | Path | None = None,
     budget: int | str | None = None,
     device: Device | None = None,
     hardware: str | Path | Hardware | None = None,
@@ -268,7 +268,7 @@ def wrap(
     Args:
         policy: decide by this policy instead ("vdnn-all", "vdnn-conv", "none"; "checkpoint" and "checkpoint-offload"
             recompute the model's repeated blocks).
-        plan: execute this plan instead.
+        plan: execute this plan instead, or that of this file.
         budget: device memory for the step, "12GiB" or bytes, instead of all there is; for vdnn-dyn and capuchin, too.
         device: default: the model's own. For a model on the CPU offload is inactive unless a virtual device is given.
         hardware: the machine to plan for; default: the device's.
@@ -288,18 +288,18 @@ def wrap(
     from vdnn.planner import BUDGETED
     from vdnn.policies import model_options, must_run
     from vdnn.units import parse_size
+    from vdnn.values import load as load_value
 
     _must_be_device(device)
     if policy:
         must_run(policy)
+    fixed: Plan | None = load_value(plan, "plan") if isinstance(plan, str | Path) else plan
     given = [name for name, value in (("policy", policy), ("plan", plan), ("budget", budget)) if value]
     if len(given) > 1 and (plan is not None or policy not in BUDGETED):
-        raise UsageError(
-            f"{' and '.join(given)} are both given: a model is wrapped by one of them, leave the other out"
-        )
+        raise UsageError(f"{' and '.join(given)} are both given: a model is wrapped by one of them, leave one out")
     recomputes = bool(policy) and "checkpoint" in model_options(policy)
-    if plan is not None:
-        Schedule(plan).check_names({fqn for fqn, _ in model.named_modules()})
+    if fixed is not None:
+        Schedule(fixed).check_names({fqn for fqn, _ in model.named_modules()})
     chosen = policy_options(options)
     budget_bytes = None if budget is None else parse_size(budget)
     place = next((p.device for p in (*model.parameters(), *model.buffers())), None)
@@ -310,11 +310,11 @@ def wrap(
             return model
         device = CudaDevice(place.index)
     kind = "cuda" if isinstance(device, CudaDevice) else "cpu"
-    _must_be_for(kind, plan)
+    _must_be_for(kind, fixed)
     decider = Decider(
         device,
         named_hardware(hardware) if hardware is not None else machine_of(device),
-        fixed=plan,
+        fixed=fixed,
         policy=policy,
         budget_bytes=budget_bytes,
         optimizer=optimizer,
@@ -376,8 +376,10 @@ def offload(
 ) -> AbstractContextManager[Offloader]:
     """Offload by rule whatever autograd saves inside a `with` block: a loop, a function, part of a model.
 
+    Up to `max_inflight_bytes` (1 GiB) stay on the device while they are copied: less saved than that frees nothing.
+
     Raises:
-        UsageError: an unknown policy, or no CUDA device and no virtual one given.
+        UsageError: an unknown policy, one that asks for modules, or no CUDA device and no virtual one given.
     """
     from vdnn.deciding import rule_for
     from vdnn.engine import CudaDevice, offloading
@@ -385,6 +387,8 @@ def offload(
 
     must_run(policy)
     _must_be_device(device)
+    if policy.startswith("vdnn-conv"):
+        raise UsageError(f"{policy} goes by modules, a block of code has none: take vdnn-all, or wrap the model")
     return offloading(device or CudaDevice(), rule_for(policy, policy_options(options)), model)
 
 

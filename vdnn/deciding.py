@@ -350,4 +350,6 @@ def rule_for(policy: str, options: Options) -> Rule:
     if policy in ("none", "none-m", "none-p"):
         return Rule(offload=False)
     types = (_ConvNd,) if policy.startswith("vdnn-conv") else ()
-    return Rule(min_bytes=options.min_bytes, types=types)
+    rule = Rule(min_bytes=options.min_bytes, types=types)
+    bound = options.max_inflight_bytes
+    return rule if bound is None else replace(rule, max_inflight_bytes=bound)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import vdnn
-from vdnn.errors import PlanMismatchError, UsageError
+from vdnn.errors import FormatError, PlanMismatchError, UsageError
 from vdnn.units import format_bytes
+from vdnn.values import dumps
 
 
 def small(width: int = 8) -> nn.Module:
@@ -97,3 +99,29 @@ def test_a_plan_for_a_gpu_is_refused_on_a_virtual_device() -> None:
 def test_an_unknown_option_of_a_capture_is_named_with_the_nearest() -> None:
     with pytest.raises(UsageError, match="unknown option of a capture 'precison': did you mean precision"):
         vdnn.capture(small(), torch.randn(4, 8), precison="amp")
+
+
+def test_a_plan_is_taken_from_its_file_too(tmp_path: Path) -> None:
+    model = small()
+    plan = vdnn.plan(vdnn.capture(model, torch.randn(4, 8), device="cpu"), policy="vdnn-all", min_bytes=1)
+    (tmp_path / "plan.json").write_text(dumps(plan))
+    vdnn.wrap(model, plan=tmp_path / "plan.json", device=vdnn.VirtualDevice())
+    step(model)
+    assert vdnn.report(model).passes == 1
+    with pytest.raises(FormatError, match=r"nowhere\.json"):
+        vdnn.wrap(small(), plan="nowhere.json", device=vdnn.VirtualDevice())
+
+
+def test_a_block_of_code_is_bounded_as_it_is_told_and_knows_no_modules() -> None:
+    """The bound was taken and had no effect, and `vdnn-conv` moved nothing, both without a word."""
+    returned = []
+    for bound in (None, 1 << 16):
+        model, x = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8))), torch.randn(256, 64)
+        options = {} if bound is None else {"max_inflight_bytes": bound}
+        with vdnn.offload(device=vdnn.VirtualDevice(), min_bytes=1, **options) as offloader:
+            loss = model(x).square().mean()
+        loss.backward()
+        returned.append(offloader.counts.returned_bytes)
+    assert returned[0] == 0 < 4 * 256 * 64 * 4 < returned[1]
+    with pytest.raises(UsageError, match="vdnn-conv goes by modules"):
+        vdnn.offload("vdnn-conv", device=vdnn.VirtualDevice())
