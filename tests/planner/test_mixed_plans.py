@@ -65,8 +65,8 @@ def test_a_choice_of_everything_at_once_runs_as_the_search_knows_it(name: str, p
     assert done.differs == ""
     assert done.result.peak_requested_bytes is not None
     assert result.peak_requested_bytes is not None
-    if precision == "fp32":
-        assert done.result.peak_requested_bytes <= result.peak_requested_bytes
+    over = 0 if precision == "fp32" else 512  # where blocks run again under autocast, beside offloads: not known why
+    assert done.result.peak_requested_bytes <= result.peak_requested_bytes + over
     assert done.result.peak_requested_bytes == pytest.approx(result.peak_requested_bytes, rel=0.001)
 
 

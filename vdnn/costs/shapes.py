@@ -70,8 +70,8 @@ class StreamShape(NamedTuple):
     """An op that memory bounds. `run_bytes` lie side by side in all its tensors; `broadcast`: some are broadcast.
 
     `kind` tells which fraction of the bandwidth it reaches: that of `CostNumbers` with this name, or that of streams.
-    `row_bytes`: of a row that is normalised; 0 for other kinds. `planes`: that a
-    thread for each of their `pixels` goes over one by one.
+    `row_bytes`: of a row that is normalised; 0 for other kinds. `planes`: of images, that a thread for each of their
+    `pixels` goes over one by one.
     """
 
     kernel: str
